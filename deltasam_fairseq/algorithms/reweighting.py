@@ -1,0 +1,93 @@
+"""Dynamic reweighting of delta-SAM: from per-sentence guardedness to ascent weights.
+
+Zhou et al., "Sharpness-Aware Minimization with Dynamic Reweighting", Eq. 3 to 6.
+Symbols are the paper's: N sentences of one global batch, ``a`` guardedness, ``g`` its
+normalised size, ``r`` the ratio that ``beta`` scales, ``g'`` the ascent weights.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Reweighting(NamedTuple):
+    """Ascent weights of the sentences of one process, and how they came about.
+
+    Attributes:
+        weights: ``N g'_j``, shape (B,), float64. 1.0 means "as in plain SAM", exactly so where
+            the weights are uniform; the sum over the global batch is N; negative where ``r`` is
+            large, as in the paper.
+        r: the ratio of Eq. 5, 0-dim float64; 0 where the weights are uniform.
+        squares: ``sum_j g_j^2`` over this process's sentences, 0-dim float64. Added up over all
+            processes, ``1 / (N squares)`` is the effective share of instances, 1/N to 1.
+        n: N, sentences of the global batch, 0-dim float64.
+        uniform: 0-dim bool, whether a degenerate case made the weights uniform.
+        finite: 0-dim bool, whether all guardedness of the global batch is finite.
+    """
+
+    weights: Tensor
+    r: Tensor
+    squares: Tensor
+    n: Tensor
+    uniform: Tensor
+    finite: Tensor
+
+
+def guardedness(clean: Tensor, probed: Tensor) -> Tensor:
+    """Rise of each sentence's loss at the probed weights (Eq. 3).
+
+    ``a_j = l_j(w + rho u / ||u||) - l_j(w)``
+
+    Args:
+        clean: ``l_j(w)``, shape (B,).
+        probed: ``l_j(w + rho u / ||u||)``, shape (B,), under the same dropout masks.
+
+    Returns:
+        ``a``, shape (B,), float64: the difference is many orders below the losses.
+    """
+    return probed.detach().double() - clean.detach().double()
+
+
+def guardedness_sums(a: Tensor) -> Tensor:
+    """The four scalars that Eq. 4 to 6 need from the whole batch.
+
+    ``(sum|a|, sum a, sum |a| a, N)``
+
+    Args:
+        a: guardedness of this process's sentences, shape (B,), float64; B may be 0.
+
+    Returns:
+        shape (4,), float64. Under data parallelism the caller adds it up over all processes
+        (one all-reduce) before `reweight`.
+    """
+    count = a.new_tensor(float(a.numel()))
+    return torch.stack((a.abs().sum(), a.sum(), (a.abs() * a).sum(), count))
+
+
+def reweight(a: Tensor, sums: Tensor, beta: float) -> Reweighting:
+    """Ascent weights ``g'`` from guardedness (Eq. 4 to 6), multiplied by N.
+
+    ``g_j = |a_j| / sum|a|``,  ``r = beta |mean a| / |sum g a|``,
+    ``N g'_j = (N g_j - 1) r + 1``
+
+    Uniform weights (plain SAM) where the equations say nothing: one sentence, all ``a`` zero,
+    a zero denominator in Eq. 5, an ``a`` that is not finite. ``beta = 0`` is plain SAM.
+    No value is read back from the device.
+
+    Args:
+        a: guardedness of this process's sentences, shape (B,), float64.
+        sums: `guardedness_sums` of the *global* batch, shape (4,), float64.
+        beta: scale of the reweighting, at least 0.
+
+    Returns:
+        a `Reweighting`; ``weights`` has shape (B,).
+    """
+    abs_sum, sum_, signed_square_sum, n = sums.unbind()
+    finite = torch.isfinite(sums).all()
+    r = beta * (sum_ / n).abs() * abs_sum / signed_square_sum.abs()
+    uniform = ~(finite & torch.isfinite(r) & (abs_sum > 0) & (n > 1))
+    r = torch.where(uniform, torch.zeros_like(r), r)
+    n_g = torch.where(uniform, torch.ones_like(a), n * a.abs() / abs_sum)
+    weights = (n_g - 1) * r + 1
+    return Reweighting(weights, r, (n_g / n).square().sum(), n, uniform, finite)

@@ -1,0 +1,79 @@
+"""Checks of a run's configuration, made before any data is loaded."""
+
+from typing import Any
+
+from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.optim import OPTIMIZER_REGISTRY
+from fairseq.tasks import TASK_REGISTRY, FairseqTask
+
+from deltasam_fairseq.checkpoints import require_restore_file
+from deltasam_fairseq.criterions import has_per_sentence_losses
+from deltasam_fairseq.optim.config import check_optimizer_config
+from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
+
+
+def _name(node: Any) -> Any:
+    return node if isinstance(node, str) or node is None else getattr(node, "_name", None)
+
+
+def _check_seam(cfg: Any, optimizer: str) -> None:
+    """Refuse the ways of training whose update is not one step of fairseq's Trainer."""
+    distributed = cfg.distributed_training
+    for wanted, option, why in (
+        (cfg.common.model_parallel_size > 1, "model-parallel-size", "Megatron has its own trainer"),
+        (distributed.pipeline_model_parallel, "pipeline-model-parallel", "not supported"),
+        (cfg.optimization.use_bmuf, "use-bmuf", "each rank would perturb and step on its own"),
+        (
+            distributed.ddp_backend in ("slowmo", "fully_sharded"),
+            f"ddp-backend {distributed.ddp_backend}",
+            "use --ddp-backend legacy_ddp or pytorch_ddp",
+        ),
+        (
+            distributed.zero_sharding != "none",
+            f"zero-sharding {distributed.zero_sharding}",
+            "use --zero-sharding none",
+        ),
+    ):
+        if wanted:
+            raise ValueError(f"--{option} cannot be combined with --optimizer {optimizer}: {why}")
+
+
+def _check_delta_sam(cfg: Any, optimizer: str) -> None:
+    """delta-SAM needs per-sentence losses from a forward of the criterion."""
+    sam = optimizer.replace("delta_sam", "sam")
+    criterion = _name(cfg.criterion)
+    if criterion in CRITERION_REGISTRY and not has_per_sentence_losses(
+        CRITERION_REGISTRY[criterion]
+    ):
+        raise ValueError(
+            f"--criterion {criterion} gives no per-sentence losses, which --optimizer {optimizer} "
+            f"needs; use --optimizer {sam}, or give the criterion a method "
+            "per_sentence_losses(model, sample) (see docs/algorithm.md)"
+        )
+    task = _name(cfg.task)
+    if task in TASK_REGISTRY and TASK_REGISTRY[task].train_step is not FairseqTask.train_step:
+        raise ValueError(
+            f"--task {task} trains in a way of its own (it overrides train_step), in which "
+            f"--optimizer {optimizer} cannot see per-sentence losses; use --optimizer {sam}"
+        )
+
+
+def check_config(cfg: Any) -> None:
+    """Check what this plugin adds to a run.
+
+    Args:
+        cfg: fairseq's whole configuration.
+
+    Raises:
+        ValueError: for an option out of range or options that do not go together.
+        FileNotFoundError: for a checkpoint to start from that does not exist.
+    """
+    require_restore_file(cfg.checkpoint)
+    optimizer = _name(cfg.optimizer)
+    cls = OPTIMIZER_REGISTRY.get(optimizer)
+    if cls is None or not issubclass(cls, SharpnessAwareOptimizer):
+        return
+    check_optimizer_config(cfg.optimizer)
+    _check_seam(cfg, optimizer)
+    if getattr(cfg.optimizer, "delta_sam_beta", 0) and cfg.optimizer.sam_rho:
+        _check_delta_sam(cfg, optimizer)

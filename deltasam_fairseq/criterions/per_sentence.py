@@ -1,0 +1,170 @@
+"""Per-sentence losses of fairseq's stock criterions, and of a user's own.
+
+A criterion takes part in delta-SAM by a method
+
+    def per_sentence_losses(self, model, sample):
+        ...
+        return losses, sample_size, logging_output
+
+which is its ``forward`` with the loss of every sentence, shape (B,), in place of their sum.
+fairseq's stock criterions have no such method; the functions below stand in for it without a
+second copy of their code: the criterion runs as it is, and only its last reduction is made here.
+"""
+
+from typing import Any, Callable, Dict, List, NamedTuple, Type
+
+import torch
+import torch.nn.functional as F
+from fairseq import modules
+from fairseq.criterions import FairseqCriterion
+from fairseq.criterions.cross_entropy import CrossEntropyCriterion
+from fairseq.criterions.label_smoothed_cross_entropy import LabelSmoothedCrossEntropyCriterion
+from fairseq.criterions.masked_lm import MaskedLmLoss
+from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
+from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
+from torch import Tensor
+
+
+class PerSentence(NamedTuple):
+    """What a criterion's forward returns, with the loss of every sentence.
+
+    Attributes:
+        losses: ``l_j``, shape (B,); for token-level criterions the sum over the sentence's
+            target tokens. Their sum is the criterion's loss.
+        sample_size: as fairseq's ``forward`` returns it.
+        logging_output: as fairseq's ``forward`` returns it.
+    """
+
+    losses: Tensor
+    sample_size: Any
+    logging_output: Dict[str, Any]
+
+
+def _detached(output: Any) -> Any:
+    if torch.is_tensor(output):
+        return output.detach()
+    if isinstance(output, (tuple, list)):
+        return type(output)(_detached(o) for o in output)
+    if isinstance(output, dict):
+        return {k: _detached(v) for k, v in output.items()}
+    return output
+
+
+class _RecordingModel:
+    """Stands for the model in a criterion's forward and keeps what the model returns.
+
+    The criterion gets the outputs detached: it computes its loss and its metrics without a
+    graph, and the only graph that lives is that of the per-sentence losses.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = model
+        self.outputs: List[Any] = []
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        output = self._model(*args, **kwargs)
+        self.outputs.append(output)
+        return _detached(output)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
+def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
+    recorder = _RecordingModel(model)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
+    logits = recorder.outputs[0][0]
+    targets = model.get_targets(sample, [logits]).view(-1)
+    if criterion.regression_target:
+        errors = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        losses = errors.view(logits.size(0), -1).sum(dim=1)
+    else:
+        lprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+        losses = F.nll_loss(lprobs, targets, reduction="none")
+    return PerSentence(losses, sample_size, logging_output)
+
+
+def _sentence_ranking(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
+    recorder = _RecordingModel(model)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
+    logits = torch.cat([output[0] for output in recorder.outputs], dim=1)
+    targets = model.get_targets(sample, [logits]).view(-1)
+    lprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
+    return PerSentence(F.nll_loss(lprobs, targets, reduction="none"), sample_size, logging_output)
+
+
+def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
+    recorder = _RecordingModel(model)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
+    logits = recorder.outputs[0][0]
+    target = model.get_targets(sample, [logits])
+    masked = target.ne(criterion.padding_idx)
+    if logits.dim() == target.dim() + 1:  # no token of the batch is masked: all are projected
+        masked = torch.ones_like(masked)
+    token_losses = modules.cross_entropy(
+        logits.view(-1, logits.size(-1)),
+        target[masked],
+        reduction="none",
+        ignore_index=criterion.padding_idx,
+    )
+    grid = token_losses.new_zeros(target.shape).masked_scatter(masked, token_losses)
+    return PerSentence(grid.sum(dim=1), sample_size, logging_output)
+
+
+def _token_level(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
+    """Criterions whose ``forward(reduce=False)`` returns the loss of every target token."""
+    losses, sample_size, logging_output = criterion.forward(model, sample, reduce=False)
+    losses = losses.view(sample["target"].size(0), -1).sum(dim=1)
+    logging_output = {
+        key: value.sum() if torch.is_tensor(value) else value
+        for key, value in logging_output.items()
+    }
+    return PerSentence(losses, sample_size, logging_output)
+
+
+# Exact types: a subclass may have another loss.
+_STOCK: Dict[Type[FairseqCriterion], Callable[[Any, Any, Dict[str, Any]], PerSentence]] = {
+    SentencePredictionCriterion: _sentence_prediction,
+    SentenceRankingCriterion: _sentence_ranking,
+    MaskedLmLoss: _masked_lm,
+    CrossEntropyCriterion: _token_level,
+    LabelSmoothedCrossEntropyCriterion: _token_level,
+}
+
+
+def has_per_sentence_losses(criterion_class: type) -> bool:
+    """Whether criterions of this class can return the loss of every sentence."""
+    return criterion_class in _STOCK or hasattr(criterion_class, "per_sentence_losses")
+
+
+def per_sentence_losses(
+    criterion: FairseqCriterion, model: torch.nn.Module, sample: Dict[str, Any]
+) -> PerSentence:
+    """Forward of ``criterion`` with the loss of every sentence instead of their sum.
+
+    Args:
+        criterion: one of fairseq's stock criterions, or one with a method
+            ``per_sentence_losses(model, sample)``.
+        model: the model, in whatever data-parallel wrapper.
+        sample: a mini-batch of B sentences; it is not changed.
+
+    Returns:
+        a `PerSentence`; its ``losses`` have shape (B,) and carry the graph where gradients are
+        enabled.
+
+    Raises:
+        TypeError: for a criterion that has no per-sentence losses.
+        ValueError: if a criterion's own method returns losses of another shape than (B,).
+    """
+    own = getattr(criterion, "per_sentence_losses", None)
+    if own is None:
+        if type(criterion) not in _STOCK:
+            raise TypeError(f"{type(criterion).__name__} has no per-sentence losses")
+        return _STOCK[type(criterion)](criterion, model, sample)
+    result = PerSentence(*own(model, sample))
+    if result.losses.dim() != 1:
+        raise ValueError(
+            f"{type(criterion).__name__}.per_sentence_losses returned losses of shape "
+            f"{tuple(result.losses.shape)}; needed is one loss a sentence, shape (B,)"
+        )
+    return result

@@ -1,0 +1,67 @@
+"""Puts the plugin's trainer and checks into fairseq's training program."""
+
+import argparse
+import functools
+import sys
+from types import ModuleType
+from typing import Any, List
+
+import fairseq.trainer
+from fairseq import options
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+
+from deltasam_fairseq.checks import check_config
+from deltasam_fairseq.trainer import SharpnessAwareTrainer
+
+
+def _training_programs() -> List[ModuleType]:
+    """All modules that hold fairseq's training program.
+
+    ``python -m fairseq_cli.train`` and ``torchrun -m`` run it as ``__main__``, and a process
+    spawned from there as ``__mp_main__``, each with names of its own.
+    """
+    import fairseq_cli.train
+
+    own = (sys.modules.get(name) for name in ("__main__", "__mp_main__"))
+    return [fairseq_cli.train] + [m for m in own if m and hasattr(m, "validate_and_save")]
+
+
+def _checked_defaults(add_defaults: Any) -> Any:
+    """`add_defaults` is the first thing that fairseq's main does after importing the plugin."""
+
+    @functools.wraps(add_defaults)
+    def wrapper(cfg: Any) -> None:
+        add_defaults(cfg)
+        check_config(cfg)
+
+    wrapper._deltasam = True
+    return wrapper
+
+
+def _checked_parse(parse_args_and_arch: Any) -> Any:
+    """Command-line errors of this plugin look like all others: no traceback, exit code 2."""
+
+    @functools.wraps(parse_args_and_arch)
+    def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parsed = parse_args_and_arch(parser, *args, **kwargs)
+        namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(namespace, "optimizer", None) and hasattr(namespace, "restore_file"):
+            try:
+                check_config(convert_namespace_to_omegaconf(namespace))
+            except (ValueError, FileNotFoundError) as e:
+                parser.error(str(e))
+        return parsed
+
+    wrapper._deltasam = True
+    return wrapper
+
+
+def install() -> None:
+    """Install the trainer and the checks; does nothing the second time."""
+    for program in _training_programs():
+        if program.Trainer is fairseq.trainer.Trainer:
+            program.Trainer = SharpnessAwareTrainer
+        if not hasattr(program.add_defaults, "_deltasam"):
+            program.add_defaults = _checked_defaults(program.add_defaults)
+    if not hasattr(options.parse_args_and_arch, "_deltasam"):
+        options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)

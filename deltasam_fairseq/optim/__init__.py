@@ -1,0 +1,13 @@
+"""fairseq optimizers that climb before they step, one for every base optimizer of fairseq."""
+
+from deltasam_fairseq.optim.config import DeltaSAMConfig, SAMConfig
+from deltasam_fairseq.optim.register import register_sharpness_aware_optimizers
+from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer, sharpness_aware
+
+__all__ = [
+    "DeltaSAMConfig",
+    "SAMConfig",
+    "SharpnessAwareOptimizer",
+    "register_sharpness_aware_optimizers",
+    "sharpness_aware",
+]

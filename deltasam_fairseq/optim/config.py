@@ -1,0 +1,88 @@
+"""Options of SAM and delta-SAM, as fairseq dataclasses that check themselves."""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+from fairseq.dataclass import FairseqDataclass
+
+DEFAULT_ETA = 0.01
+
+
+@dataclass
+class SAMConfig(FairseqDataclass):
+    """What every sharpness-aware optimizer asks for beside its base optimizer's options."""
+
+    sam_rho: float = field(
+        default=0.05,
+        metadata={
+            "help": "radius of the SAM perturbation, L2 norm in weight space, at least 0 "
+            "(0: the base optimizer itself). delta-SAM paper, GLUE: 0.02 for RoBERTa large "
+            "(SST-2 0.05, STS-B 0.01), 0.05 for BERT base (STS-B 0.01), searched in "
+            "{0.01, 0.02, 0.05}; with --sam-adaptive about ten times that and more (0.5 to 2)"
+        },
+    )
+    sam_adaptive: bool = field(
+        default=False,
+        metadata={
+            "help": "ASAM (Kwon et al. 2021): the perturbation of a weight is relative to its "
+            "size, rho T^2 g / ||T g|| with T = |w| + eta"
+        },
+    )
+    sam_eta: float = field(
+        default=DEFAULT_ETA,
+        metadata={
+            "help": "eta of --sam-adaptive, added to |w| so that weights at zero can move; "
+            "unit of a weight, at least 0 (paper: 0.01)"
+        },
+    )
+    sam_start_update: int = field(
+        default=0,
+        metadata={
+            "help": "number of updates that the base optimizer makes alone before the "
+            "perturbation begins, at least 0"
+        },
+    )
+
+
+@dataclass
+class DeltaSAMConfig(SAMConfig):
+    """What delta-SAM asks for beside SAM's options."""
+
+    delta_sam_beta: float = field(
+        default=3.0,
+        metadata={
+            "help": "strength of delta-SAM's reweighting of sentences in the ascent, at least 0 "
+            "(0: plain SAM). Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, STS-B 10, "
+            "CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
+            "searched in {3, 5, 10, 20, 50, 70}"
+        },
+    )
+
+
+def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"--{option.replace('_', '-')} {value}: {remedy}")
+
+
+def check_optimizer_config(cfg: Any) -> None:
+    """Check the values of a `SAMConfig` or `DeltaSAMConfig` (dataclass, DictConfig, Namespace).
+
+    Raises:
+        ValueError: naming the option, its value, what is allowed and what to do.
+    """
+    for option, help_ in (
+        ("sam_rho", "must be finite and at least 0; 0.02 to 0.05 suits most fine-tuning"),
+        ("sam_eta", f"must be finite and at least 0; the paper uses {DEFAULT_ETA}"),
+        ("delta_sam_beta", "must be finite and at least 0; 3 is the paper's most common value"),
+    ):
+        value = getattr(cfg, option, 0.0)
+        _require(math.isfinite(value) and value >= 0, option, value, help_)
+    start = cfg.sam_start_update
+    _require(start >= 0, "sam_start_update", start, "must be at least 0, a number of updates")
+    _require(
+        cfg.sam_adaptive or cfg.sam_eta == DEFAULT_ETA,
+        "sam_eta",
+        cfg.sam_eta,
+        "has a meaning only for ASAM; add --sam-adaptive or drop --sam-eta",
+    )

@@ -1,0 +1,323 @@
+"""The seam into fairseq: an ascent before fairseq's own train step.
+
+    ascent, here            gradient of the (reweighted) batch loss at w, over all micro-batches
+                            of all ranks; w -> w + eps*
+    fairseq's train_step    forward, backward, reduce, clip, checks, all at w + eps*
+    optimizer.step          w + eps* -> w, then the base optimizer's step
+
+Loss scaling, clipping, overflow and NaN handling, EMA of the descent are fairseq's own. This
+module sequences; the mathematics is in ``algorithms``, the weights move in ``optim``, the losses
+come from ``criterions``.
+"""
+
+import contextlib
+import logging
+import math
+import os
+from typing import Any, Dict, Iterator, List, Optional, Tuple
+
+import torch
+from fairseq import utils
+from fairseq.distributed import utils as distributed_utils
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltasam_fairseq.algorithms import Reweighting, guardedness, guardedness_sums, reweight
+from deltasam_fairseq.criterions import PerSentence, per_sentence_losses
+from deltasam_fairseq.optim import SharpnessAwareOptimizer, sharpness_aware
+from deltasam_fairseq.replay import Replay
+from deltasam_fairseq.update_log import UpdateLog
+
+logger = logging.getLogger(__name__)
+
+# A micro-batch on the device, and whether it is a dummy for one that this rank does not have.
+Prepared = Tuple[Dict[str, Any], bool]
+
+# How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
+# of a sum of many terms in the precision of the model.
+_SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+
+class SharpnessAwareTrainer(Trainer):
+    """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
+
+    With any other optimizer it is fairseq's Trainer, untouched. Under data parallelism the
+    ascent adds one gradient reduction, delta-SAM one all-reduce of four float64 numbers; every
+    rank computes the same perturbation. All forwards of an update see the same dropout masks.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._update_log: Optional[UpdateLog] = None
+        self._losses_checked = False
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        sam = sharpness_aware(self._optimizer)
+        if sam is not None:
+            logger.info(sam.describe())
+
+    @metrics.aggregate("train")
+    def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
+        """One update; the arguments and the result are fairseq's."""
+        sam = sharpness_aware(self.optimizer)
+        if sam is None:
+            return super().train_step(samples, raise_oom)
+        sam.restore()  # fairseq re-enters here for an AMP retry, with the weights still perturbed
+        if not sam.active(self.get_num_updates()):
+            sam.skip_ascent()
+            return super().train_step(samples, raise_oom)
+
+        prepared = [self._prepare_sample(sample) for sample in samples]
+        replay = Replay(self._set_seed)
+        try:
+            metrics.log_start_time("train_wall", priority=800, round=0)
+            climbed = self._try_to_climb(sam, prepared, replay, raise_oom)
+            metrics.log_stop_time("train_wall")
+            if not climbed:
+                return None
+            replay()
+            # What is on the device already passes through fairseq's preparation as it is; a
+            # missing micro-batch has to arrive missing to be recognised as a dummy.
+            return super().train_step(
+                [raw if dummy else ready for raw, (ready, dummy) in zip(samples, prepared)],
+                raise_oom,
+            )
+        finally:
+            sam.restore()
+            self._update_log = None
+
+    # The ascent
+
+    def _climb(
+        self, sam: SharpnessAwareOptimizer, samples: List[Prepared], replay: Replay
+    ) -> UpdateLog:
+        """``w -> w + eps*``, along the reduced gradient of the (reweighted) batch loss at w."""
+        self.model.train()
+        self.criterion.train()
+        self.zero_grad()
+        scale = self._loss_scale()
+        if sam.beta:
+            log = self._delta_sam_backward(sam, samples, replay)
+        else:
+            log = self._sam_backward(samples, replay)
+        self.optimizer.all_reduce_grads(self.model)
+        if utils.has_parameters(self.criterion):
+            self.optimizer.all_reduce_grads(self.criterion)
+        log.ascent_gnorm = sam.ascend(self._trainable()) * (self.data_parallel_world_size / scale)
+        return log
+
+    def _sam_backward(self, samples: List[Prepared], replay: Replay) -> UpdateLog:
+        """Gradient of the batch loss, accumulated as fairseq's train_step does it."""
+        logs = []
+        replay()
+        for i, (sample, is_dummy) in enumerate(samples):
+            with self._reducing_only_at_the_last(i, samples):
+                _, _, log = self.task.train_step(
+                    sample=sample,
+                    model=self.model,
+                    criterion=self.criterion,
+                    optimizer=self.optimizer,
+                    update_num=self.get_num_updates(),
+                    ignore_grad=is_dummy,
+                    **self._task_kwargs(),
+                )
+            logs.append(log)
+        return UpdateLog(logs)
+
+    def _delta_sam_backward(
+        self, sam: SharpnessAwareOptimizer, samples: List[Prepared], replay: Replay
+    ) -> UpdateLog:
+        """Gradient of ``sum_j g'_j l_j``.
+
+        With one micro-batch the clean forward of Eq. 3 and the forward of the ascent are the
+        same: it runs once, with its graph. With several, the weights of the first depend on the
+        last, so the clean losses come from forwards of their own.
+        """
+        self.model.set_num_updates(self.get_num_updates())
+        if not self._losses_checked:
+            self._check_per_sentence_losses(samples[0][0], replay)
+            self._losses_checked = True
+
+        if len(samples) > 1:
+            clean = self._losses(samples, replay)
+            reweighting = self._reweight(sam, samples, clean, replay)
+        logs, done = [], 0
+        replay()
+        for i, (sample, is_dummy) in enumerate(samples):
+            with self._reducing_only_at_the_last(i, samples):
+                with self._autocast():
+                    losses, _, log = self._forward(self.model, sample)
+                if len(samples) == 1:
+                    reweighting = self._reweight(sam, samples, [losses], replay)
+                if is_dummy:
+                    weights = torch.zeros_like(losses)
+                else:
+                    weights = reweighting.weights[done : done + len(losses)].to(losses)
+                    done += len(losses)
+                self.optimizer.backward((weights * losses).sum())
+            logs.append(log)
+        return UpdateLog(logs, reweighting)
+
+    def _reweight(
+        self,
+        sam: SharpnessAwareOptimizer,
+        samples: List[Prepared],
+        clean: List[Tensor],
+        replay: Replay,
+    ) -> Reweighting:
+        """Probe (Eq. 3), then the weights of this rank's sentences in the global batch."""
+        sam.probe(self._trainable(), self.cfg.common.seed, self.get_num_updates())
+        try:
+            probed = self._losses(samples, replay)
+        finally:
+            sam.weights.restore()
+        a = torch.cat(
+            [
+                guardedness(c, p)[: 0 if is_dummy else None]
+                for c, p, (_, is_dummy) in zip(clean, probed, samples)
+            ]
+        )
+        sums = guardedness_sums(a)
+        if self.data_parallel_world_size > 1:
+            distributed_utils.all_reduce(sums, group=self.data_parallel_process_group)
+        return reweight(a, sums, sam.beta)
+
+    def _losses(self, samples: List[Prepared], replay: Replay) -> List[Tensor]:
+        """Losses of all sentences, a tensor of shape (B,) a micro-batch, without graph."""
+        replay()
+        with torch.no_grad(), self._autocast():
+            return [self._forward(self.get_model(), sample).losses for sample, _ in samples]
+
+    def _forward(self, model: torch.nn.Module, sample: Dict[str, Any]) -> PerSentence:
+        return per_sentence_losses(self.get_criterion(), model, sample)
+
+    def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: Replay) -> None:
+        """Once a run: the per-sentence losses add up to what the criterion itself returns.
+
+        Raises:
+            ValueError: naming the criterion and both figures.
+        """
+        criterion, model = self.get_criterion(), self.get_model()
+        total = self._losses([(sample, False)], replay)[0].double().sum().item()
+        replay()
+        with torch.no_grad(), self._autocast():
+            stock = float(criterion(model, sample)[0])
+        tolerance = _SUM_TOLERANCE.get(next(model.parameters()).dtype, 1e-4)
+        if math.isfinite(stock) and abs(total - stock) > tolerance * max(abs(stock), 1.0):
+            raise ValueError(
+                f"the per-sentence losses of criterion {type(criterion).__name__} add up to "
+                f"{total:g}, but its loss is {stock:g}: it has terms that belong to no sentence; "
+                "use SAM (--optimizer sam_*), or share them out in per_sentence_losses"
+            )
+
+    # What fairseq's train_step does around forward and backward
+
+    def _try_to_climb(
+        self,
+        sam: SharpnessAwareOptimizer,
+        samples: List[Prepared],
+        replay: Replay,
+        raise_oom: bool,
+    ) -> bool:
+        """Climb; on errors do what fairseq's train_step does on errors in forward and backward.
+
+        Returns:
+            whether the weights are at ``w + eps*``; False if the batch is to be skipped.
+        """
+        try:
+            with torch.autograd.profiler.record_function("sam-ascent"):
+                self._update_log = self._climb(sam, samples, replay)
+        except RuntimeError as e:
+            if "out of memory" not in str(e):
+                raise
+            self._log_oom(e)
+            if raise_oom or self.data_parallel_world_size > 1:
+                raise
+            logger.warning("attempting to recover from OOM in the ascent by skipping the batch")
+            self.zero_grad()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            return False
+        except Exception:
+            self.consolidate_optimizer()
+            self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
+            raise
+        return True
+
+    def _trainable(self) -> List[Parameter]:
+        """The weights that are perturbed: all that the optimizer trains, the criterion's too."""
+        modules = (self.get_model(), self.get_criterion())
+        return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def _task_kwargs(self) -> Dict[str, Any]:
+        if self.cfg.ema.store_ema and getattr(self.task, "uses_ema", False):
+            return {"ema_model": self.ema.get_model()}
+        return {}
+
+    def _reducing_only_at_the_last(self, i: int, samples: List[Prepared]) -> Any:
+        """Forward and backward of all micro-batches but the last leave gradients unreduced."""
+        if (
+            self.data_parallel_world_size > 1
+            and i < len(samples) - 1
+            and hasattr(self.model, "no_sync")
+        ):
+            return self.model.no_sync()
+        return contextlib.ExitStack()
+
+    def _autocast(self) -> Any:
+        return torch.autocast("cuda") if self.cfg.common.amp else contextlib.ExitStack()
+
+    def _loss_scale(self) -> float:
+        """What `optimizer.backward` multiplies the loss by."""
+        scaler = getattr(self.optimizer, "scaler", None)
+        if scaler is None:
+            return 1.0
+        return scaler.get_scale() if self.cfg.common.amp else scaler.loss_scale
+
+    # Checkpoints and logs
+
+    def state_dict(self) -> Dict[str, Any]:
+        """fairseq's, of the unperturbed weights at any moment: crash.pt is saved inside a step.
+
+        The step then goes on where it was, so that fairseq's NanDetector meets what broke it;
+        unless the ascent itself was not finite, for then the culprit is to be seen at ``w``.
+        """
+        sam = sharpness_aware(self.optimizer)
+        if sam is None:
+            return super().state_dict()
+        log = self._update_log
+        if log is not None and not torch.isfinite(log.ascent_gnorm):
+            sam.weights.restore()
+        with sam.weights.suspended():
+            return super().state_dict()
+
+    def _aggregate_logging_outputs(
+        self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
+    ) -> Any:
+        if self._update_log is not None:
+            logging_outputs = self._update_log.merge(logging_outputs)
+        return super()._aggregate_logging_outputs(
+            logging_outputs, *extra_stats_to_sum, ignore=ignore
+        )
+
+    def _reduce_and_log_stats(
+        self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None
+    ) -> Any:
+        log = self._update_log
+        if log is None:
+            return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
+        if not self._sync_stats():
+            logging_outputs = log.merge(logging_outputs)
+        clean, perturbed, sums = log.split(logging_outputs)
+        stats = super()._reduce_and_log_stats(clean, sample_size, grad_norm)
+        log.report(self.task, self.get_criterion(), clean, perturbed, sums, sample_size)
+        if not log.finite() and "delta_sam_finite" not in self._warn_once:
+            self._warn_once.add("delta_sam_finite")
+            logger.warning(
+                "delta-SAM: the loss of a sentence is not finite at the probe; the weights of "
+                "such an update are uniform (plain SAM). Counted as delta_sam_uniform, warned once"
+            )
+        return stats

@@ -1,0 +1,120 @@
+"""What one sharpness-aware update adds to fairseq's log."""
+
+from typing import Any, Dict, List, Optional, Tuple
+
+from fairseq.logging import metrics
+from torch import Tensor
+
+from deltasam_fairseq.algorithms import Reweighting
+
+Logs = List[Dict[str, Any]]
+
+# Keys that ride in fairseq's logging outputs, so that fairseq's own reduction over ranks carries
+# them: the loss at w + eps* of a micro-batch, and sums over the sentences of a rank.
+_PREFIX = "sam:"
+_LOSS = _PREFIX + "loss"
+_NEGATIVE = _PREFIX + "negative"
+_SQUARES = _PREFIX + "squares"
+
+
+class UpdateLog:
+    """Carries the ascent's figures to the moment when fairseq logs the update.
+
+    fairseq's meters get the clean forward's logging outputs, so that loss and accuracy mean the
+    same with and without SAM. Beside them stand
+
+    ==================== ==================================================================
+    sam_loss             loss at ``w + eps*``, in the units of loss
+    sharpness            sam_loss - loss
+    ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
+    delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1
+    delta_sam_r          the ratio r of Eq. 5
+    delta_sam_negative   share of sentences with a negative ascent weight, 0 to 1
+    delta_sam_uniform    number of updates with uniform weights (degenerate cases)
+    ==================== ==================================================================
+
+    Args:
+        clean: logging outputs of the clean forward, one a micro-batch.
+        reweighting: delta-SAM's weights, None for SAM.
+
+    Attributes:
+        ascent_gnorm: norm of the summed ascent gradient of all ranks, without loss scale.
+    """
+
+    ascent_gnorm: Tensor
+
+    def __init__(self, clean: Logs, reweighting: Optional[Reweighting] = None) -> None:
+        self.clean = clean
+        self.reweighting = reweighting
+
+    def merge(self, perturbed: Logs) -> Logs:
+        """The clean logging outputs, with what else is to be reduced over ranks among them.
+
+        Args:
+            perturbed: logging outputs of the descent's forward, one a micro-batch.
+        """
+        merged = [
+            {**c, _LOSS: p["loss"]} if "loss" in p else dict(c)
+            for c, p in zip(self.clean, perturbed)
+        ]
+        if self.reweighting is not None and merged:
+            merged[0][_NEGATIVE] = (self.reweighting.weights < 0).sum().double()
+            merged[0][_SQUARES] = self.reweighting.squares
+        return merged
+
+    @staticmethod
+    def split(merged: Logs) -> Tuple[Logs, Logs, Dict[str, Any]]:
+        """Undo `merge`, after the reduction.
+
+        Returns:
+            clean logging outputs; the same with the loss at ``w + eps*``; sums over sentences.
+        """
+        clean = [{k: v for k, v in log.items() if not k.startswith(_PREFIX)} for log in merged]
+        perturbed = [{**c, "loss": log[_LOSS]} for c, log in zip(clean, merged) if _LOSS in log]
+        sums = {k: sum(log[k] for log in merged if k in log) for k in (_NEGATIVE, _SQUARES)}
+        return clean, perturbed, sums
+
+    def report(
+        self,
+        task: Any,
+        criterion: Any,
+        clean: Logs,
+        perturbed: Logs,
+        sums: Dict[str, Any],
+        sample_size: Any,
+    ) -> None:
+        """Log the figures to fairseq's active meters.
+
+        Args:
+            task, criterion: know how logging outputs become a loss.
+            clean, perturbed, sums: from `split`.
+            sample_size: of the global batch; weight of this update in averages.
+        """
+        loss, sam_loss = (_logged_loss(task, criterion, logs) for logs in (clean, perturbed))
+        if loss is not None and sam_loss is not None:
+            metrics.log_scalar("sam_loss", sam_loss, sample_size, priority=20, round=3)
+            metrics.log_scalar("sharpness", sam_loss - loss, sample_size, priority=21, round=6)
+        ascent_gnorm = self.ascent_gnorm / (sample_size or 1.0)
+        metrics.log_scalar("ascent_gnorm", ascent_gnorm, priority=401, round=3)
+        if self.reweighting is None:
+            return
+        n = self.reweighting.n
+        effective = 1 / (n * sums[_SQUARES])
+        metrics.log_scalar("delta_sam_effective", effective, priority=22, round=3)
+        metrics.log_scalar("delta_sam_r", self.reweighting.r, priority=23, round=3)
+        metrics.log_scalar("delta_sam_negative", sums[_NEGATIVE] / n, priority=24, round=3)
+        uniform = self.reweighting.uniform.double()
+        metrics.log_scalar_sum("delta_sam_uniform", uniform, priority=25, round=0)
+
+    def finite(self) -> bool:
+        """Whether the guardedness of all sentences is finite; reads from the device."""
+        return self.reweighting is None or bool(self.reweighting.finite)
+
+
+def _logged_loss(task: Any, criterion: Any, logs: Logs) -> Optional[Any]:
+    """The loss that the task would log for these logging outputs, unrounded."""
+    if not logs:
+        return None
+    with metrics.aggregate(new_root=True) as agg:
+        task.reduce_metrics(logs, criterion)
+    return agg["loss"].avg if "loss" in agg else None
