@@ -70,27 +70,31 @@ class _RecordingModel:
         return getattr(self._model, name)
 
 
+def _at_least_float32(logits: Tensor) -> Tensor:
+    """fairseq's criterions compute losses of half precision in float32."""
+    return logits.float() if logits.element_size() < 4 else logits
+
+
 def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
     _, sample_size, logging_output = criterion.forward(recorder, sample)
-    logits = recorder.outputs[0][0]
+    logits = _at_least_float32(recorder.outputs[0][0])
     targets = model.get_targets(sample, [logits]).view(-1)
     if criterion.regression_target:
-        errors = F.mse_loss(logits.view(-1).float(), targets.float(), reduction="none")
+        errors = F.mse_loss(logits.view(-1), targets.to(logits), reduction="none")
         losses = errors.view(logits.size(0), -1).sum(dim=1)
     else:
-        lprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-        losses = F.nll_loss(lprobs, targets, reduction="none")
+        losses = F.cross_entropy(logits, targets, reduction="none")
     return PerSentence(losses, sample_size, logging_output)
 
 
 def _sentence_ranking(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
     _, sample_size, logging_output = criterion.forward(recorder, sample)
-    logits = torch.cat([output[0] for output in recorder.outputs], dim=1)
+    logits = _at_least_float32(torch.cat([output[0] for output in recorder.outputs], dim=1))
     targets = model.get_targets(sample, [logits]).view(-1)
-    lprobs = F.log_softmax(logits, dim=-1, dtype=torch.float32)
-    return PerSentence(F.nll_loss(lprobs, targets, reduction="none"), sample_size, logging_output)
+    losses = F.cross_entropy(logits, targets, reduction="none")
+    return PerSentence(losses, sample_size, logging_output)
 
 
 def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:

@@ -1,0 +1,46 @@
+"""Fixtures for all tests: tiny data sets, made once a session."""
+
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(1)
+sys.path.insert(0, str(Path(__file__).parent))
+
+import tiny  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+def classification(tmp_path_factory):
+    return tiny.write_classification(tmp_path_factory.mktemp("classification"))
+
+
+@pytest.fixture(scope="session")
+def language_modelling(tmp_path_factory):
+    return tiny.write_language_modelling(tmp_path_factory.mktemp("language_modelling"))
+
+
+@pytest.fixture(scope="session")
+def translation(tmp_path_factory):
+    return tiny.write_translation(tmp_path_factory.mktemp("translation"))
+
+
+@pytest.fixture(scope="session")
+def ranking(tmp_path_factory):
+    return tiny.write_ranking(tmp_path_factory.mktemp("ranking"))
+
+
+@pytest.fixture(scope="session")
+def data_of(classification, language_modelling, translation, ranking):
+    """Data directory of each stock criterion."""
+    return {
+        "sentence_prediction": classification,
+        "sentence_ranking": ranking,
+        "masked_lm": language_modelling,
+        "cross_entropy": translation,
+        "label_smoothed_cross_entropy": translation,
+    }
