@@ -1,29 +1,33 @@
 """The same dropout masks in every forward of an update."""
 
 import random
-from typing import Callable
+from typing import Callable, Optional, Tuple
 
 import numpy as np
 
 
 class Replay:
-    """Puts all random generators back to where they are when an update begins.
+    """Puts the random generators back to where they are when an update begins.
 
-    fairseq seeds torch's generators, on all devices, from seed and update number; Python's and
-    numpy's, which a model or criterion may use as well, are recorded here. Calling the object
-    before every pass over the micro-batches makes the passes draw the same numbers, and leaves
-    the generators after the update where they are without SAM.
+    Calling the object before every pass over the micro-batches makes the passes draw the same
+    numbers, and leaves the generators after the update where they are without SAM. fairseq
+    seeds torch's generators, on all devices, from seed and update number. Python's and numpy's,
+    which a few models draw from (wav2vec's layer drop), are recorded here and put back.
 
     Args:
         set_seed: seeds torch's generators for this update, fairseq's ``Trainer._set_seed``.
+        host: whether Python's and numpy's generators take part. They must not where fairseq
+            loads data in a thread of this process: the thread draws from the same generators,
+            and putting them back under its hands would change the data.
     """
 
-    def __init__(self, set_seed: Callable[[], None]) -> None:
+    def __init__(self, set_seed: Callable[[], None], host: bool) -> None:
         self._set_seed = set_seed
-        self._python = random.getstate()
-        self._numpy = np.random.get_state()
+        self._host: Optional[Tuple] = (random.getstate(), np.random.get_state()) if host else None
 
     def __call__(self) -> None:
         self._set_seed()
-        random.setstate(self._python)
-        np.random.set_state(self._numpy)
+        if self._host is not None:
+            python, numpy = self._host
+            random.setstate(python)
+            np.random.set_state(numpy)

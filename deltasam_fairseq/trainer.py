@@ -71,7 +71,7 @@ class SharpnessAwareTrainer(Trainer):
             return super().train_step(samples, raise_oom)
 
         prepared = [self._prepare_sample(sample) for sample in samples]
-        replay = Replay(self._set_seed)
+        replay = Replay(self._set_seed, host=not self._loads_data_in_a_thread())
         try:
             metrics.log_start_time("train_wall", priority=800, round=0)
             climbed = self._try_to_climb(sam, prepared, replay, raise_oom)
@@ -251,6 +251,10 @@ class SharpnessAwareTrainer(Trainer):
         """The weights that are perturbed: all that the optimizer trains, the criterion's too."""
         modules = (self.get_model(), self.get_criterion())
         return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def _loads_data_in_a_thread(self) -> bool:
+        dataset = self.cfg.dataset
+        return dataset.num_workers == 0 and dataset.data_buffer_size > 0
 
     def _task_kwargs(self) -> Dict[str, Any]:
         if self.cfg.ema.store_ema and getattr(self.task, "uses_ema", False):

@@ -96,7 +96,8 @@ def write_ranking(path: Path, train: int = 32, valid: int = 16) -> Path:
             _write(path / f"input{k}" / split, [pair[k - 1] + [words.eos()] for pair in pairs])
         _write(path / "input0" / split, [[words.bos(), words.eos()] for _ in pairs])
         labels = "".join(f"{int(np.mean(a) > np.mean(b))}\n" for a, b in pairs)
-        (path / f"{split}.label").write_text(labels)
+        (path / "label").mkdir(exist_ok=True)
+        (path / "label" / f"{split}.label").write_text(labels)
     for k in (0, 1, 2):
         words.save(str(path / f"input{k}" / "dict.txt"))
     return path
@@ -111,8 +112,8 @@ def arguments(
         + ["--init-token", "0", "--separator-token", "2"],
         "sentence_ranking": ["--task", "sentence_ranking", *MODEL, "--num-classes", "2"]
         + ["--init-token", "0", "--separator-token", "2"],
-        "masked_lm": ["--task", "masked_lm", *MODEL, "--sample-break-mode", "eos"]
-        + ["--tokens-per-sample", "64"],
+        "masked_lm": ["--task", "masked_lm", *MODEL, "--sample-break-mode", "complete"]
+        + ["--tokens-per-sample", "24"],
     }.get(criterion)
     if task is None:
         task = "--task translation -s aa -t bb --arch transformer_iwslt_de_en".split()

@@ -1,0 +1,88 @@
+"""Plain twins of the algorithms: the papers' equations, one by one, and nothing else.
+
+No sharing of forwards, no in-place arithmetic, no distribution. Slow, in whatever precision the
+weights have (tests use float64). The fast implementation is tested against these; the
+per-instance perturbation exists only here, to measure what delta-SAM approximates.
+
+In all of them ``losses`` is a function from a flat weight vector, shape (d,), to the losses of
+N sentences, shape (N,).
+"""
+
+from typing import Callable, NamedTuple
+
+import torch
+from torch import Tensor
+
+Losses = Callable[[Tensor], Tensor]
+
+
+class DeltaSAMReference(NamedTuple):
+    """All quantities of one delta-SAM ascent; shapes (N,), (N,), (), (N,), (d,)."""
+
+    a: Tensor
+    g: Tensor
+    r: Tensor
+    weights: Tensor
+    eps: Tensor
+
+
+def gradient(losses: Losses, w: Tensor, weights: Tensor) -> Tensor:
+    """``grad_w sum_j weights_j l_j(w)``, shape (d,)."""
+    w = w.detach().clone().requires_grad_()
+    (grad,) = torch.autograd.grad((weights * losses(w)).sum(), w)
+    return grad
+
+
+def perturbation(grad: Tensor, rho: float) -> Tensor:
+    """``rho g / ||g||``, shape (d,); zero for a zero gradient."""
+    norm = grad.norm()
+    return rho * grad / norm if norm > 0 else torch.zeros_like(grad)
+
+
+def sam_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
+    """``eps*`` of SAM (Foret et al. 2020), shape (d,)."""
+    n = len(losses(w))
+    return perturbation(gradient(losses, w, torch.full((n,), 1.0 / n, dtype=w.dtype)), rho)
+
+
+def asam_reference(losses: Losses, w: Tensor, rho: float, eta: float) -> Tensor:
+    """``eps*`` of ASAM (Kwon et al. 2021), shape (d,)."""
+    n = len(losses(w))
+    t = w.abs() + eta
+    scaled = t * gradient(losses, w, torch.full((n,), 1.0 / n, dtype=w.dtype))
+    return rho * t * scaled / scaled.norm()
+
+
+def delta_sam_reference(
+    losses: Losses, w: Tensor, u: Tensor, rho: float, beta: float
+) -> DeltaSAMReference:
+    """One ascent of delta-SAM (Zhou et al., Eq. 3 to 6).
+
+    Args:
+        losses: see the module.
+        w: weights, shape (d,).
+        u: the random direction of Eq. 3, any length but 0, shape (d,).
+        rho, beta: as in the paper.
+    """
+    with torch.no_grad():
+        a = losses(w + rho * u / u.norm()) - losses(w)  # Eq. 3
+    n = len(a)
+    uniform = torch.full_like(a, 1.0 / n)
+    g, r, weights = uniform, torch.zeros_like(a.sum()), uniform
+    if n > 1 and torch.isfinite(a).all() and a.abs().sum() > 0:
+        g = a.abs() / a.abs().sum()  # Eq. 4
+        if (g * a).sum() != 0:
+            r = beta * a.mean().abs() / (g * a).sum().abs()  # Eq. 5
+            weights = (g - 1.0 / n) * r + 1.0 / n  # Eq. 6
+    return DeltaSAMReference(a, g, r, weights, perturbation(gradient(losses, w, weights), rho))
+
+
+def per_instance_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
+    """One perturbation a sentence (Zhou et al., Eq. 2): ``eps_j = rho grad l_j / ||grad l_j||``.
+
+    Returns:
+        shape (N, d); N backward passes.
+    """
+    n = len(losses(w))
+    one_hot = torch.eye(n, dtype=w.dtype, device=w.device)
+    return torch.stack([perturbation(gradient(losses, w, e), rho) for e in one_hot])
