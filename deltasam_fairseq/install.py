@@ -2,9 +2,11 @@
 
 import argparse
 import functools
+import importlib.util
+import re
 import sys
 from types import ModuleType
-from typing import Any, List
+from typing import Any, Callable, List
 
 import fairseq.trainer
 from fairseq import options
@@ -34,7 +36,18 @@ def _checked_defaults(add_defaults: Any) -> Any:
         add_defaults(cfg)
         check_config(cfg)
 
-    wrapper._deltasam = True
+    wrapper._deltasam = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def _with_remedy(error: Callable[[str], None]) -> Callable[[str], None]:
+    """The parser's ``error``, which knows why an option of this plugin is unknown to it."""
+
+    def wrapper(message: str) -> None:
+        if "unrecognized arguments" in message and re.search("--(delta-)?sam-", message):
+            message += "; --sam-* and --delta-sam-* belong to --optimizer sam_* and delta_sam_*"
+        error(message)
+
     return wrapper
 
 
@@ -43,16 +56,20 @@ def _checked_parse(parse_args_and_arch: Any) -> Any:
 
     @functools.wraps(parse_args_and_arch)
     def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+        parser.error = _with_remedy(parser.error)  # type: ignore[method-assign,assignment]
         parsed = parse_args_and_arch(parser, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
+        if getattr(namespace, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
+            namespace.tpu = False  # fairseq takes --bf16 for a TPU, on every machine
         if getattr(namespace, "optimizer", None) and hasattr(namespace, "restore_file"):
+            cfg = convert_namespace_to_omegaconf(namespace)
             try:
-                check_config(convert_namespace_to_omegaconf(namespace))
+                check_config(cfg)
             except (ValueError, FileNotFoundError) as e:
                 parser.error(str(e))
         return parsed
 
-    wrapper._deltasam = True
+    wrapper._deltasam = True  # type: ignore[attr-defined]
     return wrapper
 
 
