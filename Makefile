@@ -1,0 +1,38 @@
+# make demo    the quick start: pretrain a small RoBERTa, fine-tune it with and without SAM
+# make test    the tests
+# Each makes the environment that it needs first; VENV and PYTHON choose where and with what.
+
+VENV ?= .venv
+PYTHON ?= python3
+# passed on to the command behind the target, as in: make demo ARGS="--seeds 1 2 3"
+ARGS ?=
+BIN = $(VENV)/bin
+
+export VENV PYTHON
+
+.PHONY: help setup demo test lint check clean
+
+help:
+	@grep -E '^# make' Makefile | cut -c3-
+	@echo "make lint    ruff and mypy"
+	@echo "make check   lint and test"
+	@echo "make clean   remove .venv, caches and results"
+
+setup:
+	@bash scripts/setup.sh
+
+demo: setup
+	$(BIN)/python examples/quickstart/run.py $(ARGS)
+
+test: setup
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: setup
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
+
+check: lint test
+
+clean:
+	rm -rf .venv results build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

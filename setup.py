@@ -1,0 +1,44 @@
+"""Packaging of deltasam_fairseq; the pinned environment is made by ``scripts/setup.sh``."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "([^"]+)"', (ROOT / "deltasam_fairseq" / "__init__.py").read_text(), re.M
+)
+
+setup(
+    name="deltasam_fairseq",
+    version=VERSION.group(1) if VERSION else "0.0.0",
+    description="Sharpness-aware fine-tuning (SAM, delta-SAM) as a plugin of fairseq",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="MIT",
+    python_requires=">=3.8",
+    packages=find_packages(include=["deltasam_fairseq", "deltasam_fairseq.*"]),
+    package_data={"deltasam_fairseq": ["py.typed", "**/*.yaml"]},
+    install_requires=[
+        "torch>=1.13",
+        "numpy",
+        "scipy",
+        "scikit-learn",
+        "sentencepiece",
+        "tensorboard",
+        # fairseq 0.12.2 cannot be imported on Python 3.11 and later; fairseq-fixed can.
+        'fairseq-fixed==0.12.3.1; python_version>="3.11"',
+        'fairseq==0.12.2; python_version<"3.11"',
+    ],
+    extras_require={
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy"],
+        "report": ["matplotlib"],
+    },
+    classifiers=[
+        "License :: OSI Approved :: MIT License",
+        "Programming Language :: Python :: 3",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+)
