@@ -12,6 +12,7 @@ import fairseq.trainer
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
+from deltasam_fairseq import launch
 from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 
@@ -61,6 +62,10 @@ def _checked_parse(parse_args_and_arch: Any) -> Any:
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if getattr(namespace, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
             namespace.tpu = False  # fairseq takes --bf16 for a TPU, on every machine
+        if hasattr(namespace, "distributed_world_size"):
+            namespace.distributed_world_size = launch.world_size_of_torchrun(
+                namespace.distributed_world_size
+            )
         if getattr(namespace, "optimizer", None) and hasattr(namespace, "restore_file"):
             cfg = convert_namespace_to_omegaconf(namespace)
             try:
@@ -74,7 +79,8 @@ def _checked_parse(parse_args_and_arch: Any) -> Any:
 
 
 def install() -> None:
-    """Install the trainer and the checks; does nothing the second time."""
+    """Install the trainer, the checks and the mends; does nothing the second time."""
+    launch.install()
     for program in _training_programs():
         if program.Trainer is fairseq.trainer.Trainer:
             program.Trainer = SharpnessAwareTrainer

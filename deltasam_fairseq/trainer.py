@@ -102,20 +102,24 @@ class SharpnessAwareTrainer(Trainer):
         if sam.beta:
             log = self._delta_sam_backward(sam, samples, replay)
         else:
-            log = self._sam_backward(samples, replay)
-        self.optimizer.all_reduce_grads(self.model)
-        if utils.has_parameters(self.criterion):
-            self.optimizer.all_reduce_grads(self.criterion)
-        log.ascent_gnorm = sam.ascend(self._trainable()) * (self.data_parallel_world_size / scale)
+            log = self._sam_backward(sam, samples, replay)
+        if self._reduces(sam):
+            self.optimizer.all_reduce_grads(self.model)
+            if utils.has_parameters(self.criterion):
+                self._reduce_criterion_grads(sam)
+            scale /= self.data_parallel_world_size  # what reduces gradients averages them
+        log.ascent_gnorm = sam.ascend(self._trainable()) / scale
         return log
 
-    def _sam_backward(self, samples: List[Prepared], replay: Replay) -> UpdateLog:
+    def _sam_backward(
+        self, sam: SharpnessAwareOptimizer, samples: List[Prepared], replay: Replay
+    ) -> UpdateLog:
         """Gradient of the batch loss, accumulated as fairseq's train_step does it."""
-        logs = []
+        log = UpdateLog(per_rank=sam.per_rank)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
-            with self._reducing_only_at_the_last(i, samples):
-                _, _, log = self.task.train_step(
+            with self._unreduced(sam, last=i == len(samples) - 1):
+                _, sample_size, logging_output = self.task.train_step(
                     sample=sample,
                     model=self.model,
                     criterion=self.criterion,
@@ -124,8 +128,8 @@ class SharpnessAwareTrainer(Trainer):
                     ignore_grad=is_dummy,
                     **self._task_kwargs(),
                 )
-            logs.append(log)
-        return UpdateLog(logs)
+            log.add(logging_output, sample_size, is_dummy)
+        return log
 
     def _delta_sam_backward(
         self, sam: SharpnessAwareOptimizer, samples: List[Prepared], replay: Replay
@@ -144,12 +148,12 @@ class SharpnessAwareTrainer(Trainer):
         if len(samples) > 1:
             clean = self._losses(samples, replay)
             reweighting = self._reweight(sam, samples, clean, replay)
-        logs, done = [], 0
+        log, done = UpdateLog(per_rank=sam.per_rank), 0
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
-            with self._reducing_only_at_the_last(i, samples):
+            with self._unreduced(sam, last=i == len(samples) - 1):
                 with self._autocast():
-                    losses, _, log = self._forward(self.model, sample)
+                    losses, sample_size, logging_output = self._forward(self.model, sample)
                 if len(samples) == 1:
                     reweighting = self._reweight(sam, samples, [losses], replay)
                 if is_dummy:
@@ -158,8 +162,9 @@ class SharpnessAwareTrainer(Trainer):
                     weights = reweighting.weights[done : done + len(losses)].to(losses)
                     done += len(losses)
                 self.optimizer.backward((weights * losses).sum())
-            logs.append(log)
-        return UpdateLog(logs, reweighting)
+            log.add(logging_output, sample_size, is_dummy)
+        log.reweighting = reweighting
+        return log
 
     def _reweight(
         self,
@@ -181,7 +186,7 @@ class SharpnessAwareTrainer(Trainer):
             ]
         )
         sums = guardedness_sums(a)
-        if self.data_parallel_world_size > 1:
+        if self._reduces(sam):
             distributed_utils.all_reduce(sums, group=self.data_parallel_process_group)
         return reweight(a, sums, sam.beta)
 
@@ -261,15 +266,33 @@ class SharpnessAwareTrainer(Trainer):
             return {"ema_model": self.ema.get_model()}
         return {}
 
-    def _reducing_only_at_the_last(self, i: int, samples: List[Prepared]) -> Any:
-        """Forward and backward of all micro-batches but the last leave gradients unreduced."""
+    def _reduces(self, sam: SharpnessAwareOptimizer) -> bool:
+        """Whether the ascent is that of the batch of all ranks."""
+        return self.data_parallel_world_size > 1 and not sam.per_rank
+
+    def _unreduced(self, sam: SharpnessAwareOptimizer, last: bool) -> Any:
+        """Forward and backward inside leave gradients unreduced, but for those of the last."""
         if (
             self.data_parallel_world_size > 1
-            and i < len(samples) - 1
             and hasattr(self.model, "no_sync")
+            and (sam.per_rank or not last)
         ):
             return self.model.no_sync()
         return contextlib.ExitStack()
+
+    def _reduce_criterion_grads(self, sam: SharpnessAwareOptimizer) -> None:
+        """delta-SAM's forward does not go through the criterion's data-parallel wrapper.
+
+        legacy_ddp reduces on demand; what pytorch_ddp does in the backward is done here.
+        """
+        if hasattr(self.criterion, "all_reduce_grads") or not sam.beta:
+            self.optimizer.all_reduce_grads(self.criterion)
+            return
+        world_size = self.data_parallel_world_size
+        for p in self.get_criterion().parameters():
+            if p.requires_grad:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size
+                distributed_utils.all_reduce(p.grad, group=self.data_parallel_process_group)
 
     def _autocast(self) -> Any:
         return torch.autocast("cuda") if self.cfg.common.amp else contextlib.ExitStack()
@@ -301,8 +324,13 @@ class SharpnessAwareTrainer(Trainer):
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Any:
-        if self._update_log is not None:
-            logging_outputs = self._update_log.merge(logging_outputs)
+        log = self._update_log
+        if log is not None:
+            # fairseq looks at the last micro-batch alone: with a dummy there it forgets this
+            # rank's other ones, and the gradient of all is divided by too few sentences.
+            logging_outputs = log.merge(logging_outputs)
+            extra_stats_to_sum = (log.sample_size(), *extra_stats_to_sum[1:])
+            ignore = log.only_dummies()
         return super()._aggregate_logging_outputs(
             logging_outputs, *extra_stats_to_sum, ignore=ignore
         )

@@ -2,6 +2,7 @@
 
 from typing import Any, Dict, List, Optional, Tuple
 
+import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
@@ -10,9 +11,12 @@ from deltasam_fairseq.algorithms import Reweighting
 Logs = List[Dict[str, Any]]
 
 # Keys that ride in fairseq's logging outputs, so that fairseq's own reduction over ranks carries
-# them: the loss at w + eps* of a micro-batch, and sums over the sentences of a rank.
+# them: the loss at w + eps* of a micro-batch, and what a rank's sentences add to sums over all.
 _PREFIX = "sam:"
 _LOSS = _PREFIX + "loss"
+_RANKS = _PREFIX + "ranks"
+_GNORM = _PREFIX + "gnorm"
+_SENTENCES = _PREFIX + "sentences"
 _NEGATIVE = _PREFIX + "negative"
 _SQUARES = _PREFIX + "squares"
 
@@ -34,18 +38,37 @@ class UpdateLog:
     ==================== ==================================================================
 
     Args:
-        clean: logging outputs of the clean forward, one a micro-batch.
-        reweighting: delta-SAM's weights, None for SAM.
+        per_rank: every rank has an ascent of its own; the log then has the mean of
+            ascent_gnorm over ranks, and rank 0's delta_sam_r.
 
     Attributes:
-        ascent_gnorm: norm of the summed ascent gradient of all ranks, without loss scale.
+        reweighting: delta-SAM's weights, None for SAM.
+        ascent_gnorm: norm of the summed ascent gradient, without loss scale.
     """
 
     ascent_gnorm: Tensor
 
-    def __init__(self, clean: Logs, reweighting: Optional[Reweighting] = None) -> None:
-        self.clean = clean
-        self.reweighting = reweighting
+    def __init__(self, per_rank: bool) -> None:
+        self.per_rank = per_rank
+        self.reweighting: Optional[Reweighting] = None
+        self._clean: Logs = []
+        self._sample_sizes: List[Any] = []
+        self._dummies: List[bool] = []
+
+    def add(self, logging_output: Dict[str, Any], sample_size: Any, is_dummy: bool) -> None:
+        """Add a micro-batch's clean forward."""
+        self._clean.append(logging_output)
+        self._sample_sizes.append(sample_size)
+        self._dummies.append(is_dummy)
+
+    def only_dummies(self) -> bool:
+        """Whether this rank had no sentence at all in this update."""
+        return all(self._dummies)
+
+    def sample_size(self) -> Any:
+        """What this rank's micro-batches add to the denominator of the gradient."""
+        total = sum(s * (not dummy) for s, dummy in zip(self._sample_sizes, self._dummies))
+        return total.float() if torch.is_tensor(total) else float(total)
 
     def merge(self, perturbed: Logs) -> Logs:
         """The clean logging outputs, with what else is to be reduced over ranks among them.
@@ -55,11 +78,17 @@ class UpdateLog:
         """
         merged = [
             {**c, _LOSS: p["loss"]} if "loss" in p else dict(c)
-            for c, p in zip(self.clean, perturbed)
+            for c, p, dummy in zip(self._clean, perturbed, self._dummies)
+            if not dummy or self.only_dummies()
         ]
-        if self.reweighting is not None and merged:
-            merged[0][_NEGATIVE] = (self.reweighting.weights < 0).sum().double()
-            merged[0][_SQUARES] = self.reweighting.squares
+        if not merged:
+            return merged
+        merged[0].update({_RANKS: 1.0, _GNORM: self.ascent_gnorm})
+        if self.reweighting is not None:
+            weights, n = self.reweighting.weights, self.reweighting.n
+            merged[0][_SENTENCES] = float(len(weights))
+            merged[0][_NEGATIVE] = (weights < 0).sum().double()
+            merged[0][_SQUARES] = n * n * self.reweighting.squares
         return merged
 
     @staticmethod
@@ -67,11 +96,12 @@ class UpdateLog:
         """Undo `merge`, after the reduction.
 
         Returns:
-            clean logging outputs; the same with the loss at ``w + eps*``; sums over sentences.
+            clean logging outputs; the same with the loss at ``w + eps*``; sums over all ranks.
         """
         clean = [{k: v for k, v in log.items() if not k.startswith(_PREFIX)} for log in merged]
         perturbed = [{**c, "loss": log[_LOSS]} for c, log in zip(clean, merged) if _LOSS in log]
-        sums = {k: sum(log[k] for log in merged if k in log) for k in (_NEGATIVE, _SQUARES)}
+        keys = (_RANKS, _GNORM, _SENTENCES, _NEGATIVE, _SQUARES)
+        sums = {k: sum(log[k] for log in merged if k in log) for k in keys}
         return clean, perturbed, sums
 
     def report(
@@ -94,13 +124,13 @@ class UpdateLog:
         if loss is not None and sam_loss is not None:
             metrics.log_scalar("sam_loss", sam_loss, sample_size, priority=20, round=3)
             metrics.log_scalar("sharpness", sam_loss - loss, sample_size, priority=21, round=6)
-        ascent_gnorm = self.ascent_gnorm / (sample_size or 1.0)
-        metrics.log_scalar("ascent_gnorm", ascent_gnorm, priority=401, round=3)
+        # The gradient of a rank's own shard is that of so many times fewer sentences.
+        gnorm = sums[_GNORM] if self.per_rank else sums[_GNORM] / sums[_RANKS]
+        metrics.log_scalar("ascent_gnorm", gnorm / (sample_size or 1.0), priority=401, round=3)
         if self.reweighting is None:
             return
-        n = self.reweighting.n
-        effective = 1 / (n * sums[_SQUARES])
-        metrics.log_scalar("delta_sam_effective", effective, priority=22, round=3)
+        n = sums[_SENTENCES]
+        metrics.log_scalar("delta_sam_effective", n / sums[_SQUARES], priority=22, round=3)
         metrics.log_scalar("delta_sam_r", self.reweighting.r, priority=23, round=3)
         metrics.log_scalar("delta_sam_negative", sums[_NEGATIVE] / n, priority=24, round=3)
         uniform = self.reweighting.uniform.double()

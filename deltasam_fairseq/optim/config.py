@@ -4,9 +4,10 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-from fairseq.dataclass import FairseqDataclass
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
 DEFAULT_ETA = 0.01
+SCOPES = ChoiceEnum(["global", "rank"])
 
 
 @dataclass
@@ -41,6 +42,14 @@ class SAMConfig(FairseqDataclass):
         metadata={
             "help": "number of updates that the base optimizer makes alone before the "
             "perturbation begins, at least 0"
+        },
+    )
+    sam_scope: SCOPES = field(  # type: ignore[valid-type]
+        default="global",
+        metadata={
+            "help": "what a perturbation is computed from: the global batch, the same on every "
+            "data-parallel rank; or each rank's own shard of it (m-sharpness, Foret et al.), "
+            "without communication in the ascent. The same with one process"
         },
     )
 

@@ -54,6 +54,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.eta: Optional[float] = cfg.sam_eta if cfg.sam_adaptive else None
         self.beta: float = getattr(cfg, "delta_sam_beta", 0.0)
         self.start_update: int = cfg.sam_start_update
+        self.per_rank: bool = cfg.sam_scope == "rank"
         self.weights = MovedWeights()
         self._ready_to_step = False
 
@@ -65,6 +66,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(f"beta {self.beta:g}")
         if self.eta is not None:
             parts.append(f"adaptive, eta {self.eta:g}")
+        if self.per_rank:
+            parts.append("each rank from its own shard")
         if self.start_update:
             parts.append(f"from update {self.start_update} on")
         if not self.rho:
