@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -154,12 +154,21 @@ def train(
     return result
 
 
-def build_trainer(argv: Sequence[str], dtype: Optional[torch.dtype] = None) -> Any:
-    """A trainer in this process, as fairseq's main builds it, with its data loaded."""
+def build_trainer(
+    argv: Sequence[str],
+    dtype: Optional[torch.dtype] = None,
+    before: Optional[Callable[[Any], Any]] = None,
+) -> Any:
+    """A trainer in this process, as fairseq's main builds it, with its data loaded.
+
+    ``before`` is called with the configuration, before anything is built.
+    """
     import fairseq_cli.train
 
     parser = options.get_training_parser()
     cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(argv)))
+    if before is not None:
+        before(cfg)
     metrics.reset()
     torch.manual_seed(cfg.common.seed)
     np.random.seed(cfg.common.seed)
