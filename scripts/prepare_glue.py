@@ -15,9 +15,7 @@ import argparse
 import csv
 import shutil
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Tuple
-
-from binarize import Dictionary, bpe_encoder, write_dataset
+from typing import Dict, List, NamedTuple, Tuple
 
 
 class Task(NamedTuple):
@@ -49,6 +47,12 @@ TASKS: Dict[str, Task] = {
 STS_B_RANGE = 5.0  # its scores are 0 to 5; the model learns 0 to 1
 
 
+def split_files(name: str) -> Dict[str, str]:
+    """Return the split of fairseq's data -> the TSV file, without its ending."""
+    valid = {"valid" + (str(i) if i else ""): file for i, file in enumerate(TASKS[name].valid)}
+    return {"train": "train", **valid}
+
+
 def read_table(path: Path, task: Task) -> List[List[str]]:
     """Return the rows of a TSV file without its header.
 
@@ -70,14 +74,6 @@ def read_table(path: Path, task: Task) -> List[List[str]]:
     return table
 
 
-def label_dictionary(labels: Tuple[str, ...]) -> Dictionary:
-    """Return a dictionary whose classes are numbered in the order of ``labels``."""
-    dictionary = Dictionary()
-    for label in labels:
-        dictionary.add_symbol(label)
-    return dictionary
-
-
 def main() -> None:
     """Encode and write every split of the task."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -87,20 +83,23 @@ def main() -> None:
     parser.add_argument("--dict", type=Path, required=True, help="dict.txt of the checkpoint")
     parser.add_argument("--bpe", choices=("sentencepiece", "gpt2"), default="gpt2")
     parser.add_argument("--sentencepiece-model", help="for --bpe sentencepiece")
-    parser.add_argument("--gpt2-encoder-json", help="for --bpe gpt2; fairseq's own address if unset")
-    parser.add_argument("--gpt2-vocab-bpe", help="for --bpe gpt2; fairseq's own address if unset")
+    parser.add_argument("--gpt2-encoder-json", help="for --bpe gpt2; unset: fetched")
+    parser.add_argument("--gpt2-vocab-bpe", help="for --bpe gpt2; unset: fetched")
     args = parser.parse_args()
+
+    # Imported here: the quick start reads TASKS before it knows whether fairseq is there.
+    from binarize import Dictionary, bpe_encoder, write_dataset
 
     names = ("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe")
     options = {name: getattr(args, name) for name in names if getattr(args, name)}
     encode = bpe_encoder(args.bpe, **options)
     dictionary = Dictionary.load(str(args.dict))
     task = TASKS[args.task]
-    labels: Optional[Dictionary] = label_dictionary(task.labels) if task.labels else None
+    labels = Dictionary()  # numbers the classes in the order of task.labels
+    for label in task.labels:
+        labels.add_symbol(label)
 
-    splits = {"train": "train"}
-    splits.update({"valid" + (str(i) if i else ""): name for i, name in enumerate(task.valid)})
-    for split, name in splits.items():
+    for split, name in split_files(args.task).items():
         table = read_table(args.glue_dir / args.task / f"{name}.tsv", task)
         for i, column in enumerate(task.sentences):
             lines = (encode(row[column]) for row in table)
@@ -109,7 +108,7 @@ def main() -> None:
         values = [row[task.label] for row in table]
         folder = args.out / "label"
         folder.mkdir(exist_ok=True)
-        if labels is not None:
+        if task.labels:
             write_dataset(values, labels, folder / split)
             labels.save(str(folder / "dict.txt"))
         else:

@@ -90,7 +90,7 @@ def sentences(paragraph: str) -> Iterator[str]:
         yield start
 
 
-def is_english(sentence: str, min_words: int = 6, max_words: int = 40) -> bool:
+def is_english(sentence: str, min_words: int = 6, max_words: int = 25) -> bool:
     """Tell whether ``sentence`` is a whole sentence of plain words."""
     words = sentence.split()
     plain = sum(1 for word in words if WORD.fullmatch(word.strip(".,;:!?()\"'")))

@@ -1,0 +1,326 @@
+"""Fine-tune with and without sharpness-aware minimization, and compare.
+
+Without arguments everything is made here, from text that is on every machine: a sentencepiece
+model, a small pretrained RoBERTa and a task in GLUE's format.  With --glue-dir and --checkpoint
+the same runs on your data and your model.  What follows ``--`` goes to fairseq-train as it is.
+
+    python examples/quickstart/run.py
+    python examples/quickstart/run.py --glue-dir GLUE --task CoLA \\
+        --checkpoint roberta.base/model.pt --bpe gpt2 --seeds 1 2 3 --out results/cola -- --fp16
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+from settings import (
+    ACCURACY,
+    ADAM,
+    HELD_OUT,
+    METRICS,
+    PRETRAINING,
+    RECIPES,
+    SMALL_RECIPE,
+    SMALL_ROBERTA,
+    SWAPS,
+    VOCABULARY,
+    Recipe,
+)
+from stages import Stage, StageError, run_all
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from prepare_glue import TASKS, split_files  # noqa: E402
+
+PYTHON = sys.executable
+FAIRSEQ_TRAIN = [PYTHON, "-m", "fairseq_cli.train"]
+BUILT_IN = "ORDER"  # the task made here
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="What follows -- goes to fairseq-train as it is.",
+    )
+    add = options.add_argument
+    add("--glue-dir", type=Path, help="folder with a folder a task (default: a task made here)")
+    add("--task", help=f"one of {', '.join(sorted(TASKS))} (default: {BUILT_IN})")
+    add("--checkpoint", type=Path, help="pretrained RoBERTa (default: a small one made here)")
+    add("--arch", default="roberta_base", help="of --checkpoint (default: roberta_base)")
+    add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
+    add("--bpe", choices=("gpt2", "sentencepiece"), default="gpt2", help="of --checkpoint")
+    add("--sentencepiece-model", type=Path, help="for --bpe sentencepiece")
+    add("--gpt2-encoder-json", type=Path, help="for --bpe gpt2 (default: fetched by fairseq)")
+    add("--gpt2-vocab-bpe", type=Path, help="for --bpe gpt2 (default: fetched by fairseq)")
+    add("--optimizers", nargs="+", default=["adam", "sam_adam", "delta_sam_adam"])
+    add("--seeds", "--seed", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
+    add("--lr", type=float, help="learning rate (default: by task, see settings.py)")
+    add("--batch-size", type=int, help="sentences (default: by task)")
+    add("--epochs", type=int, help="epochs of fine-tuning (default: by task)")
+    add("--sam-rho", type=float, help="radius of the ascent (default: by task)")
+    add("--delta-sam-beta", type=float, help="strength of the reweighting (default: by task)")
+    add("--cores", type=int, default=min(2, os.cpu_count() or 1), help="threads (default: 2)")
+    add("--out", type=Path, default=Path("results/quickstart"), help="folder of the results")
+    return options
+
+
+def check(args: argparse.Namespace) -> Optional[str]:
+    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    args.task = args.task or (BUILT_IN if args.glue_dir is None else None)
+    if args.task is None:
+        return f"--task is missing: name one of {', '.join(sorted(TASKS))}"
+    if args.task not in TASKS:
+        return f"--task {args.task}: not known; name one of {', '.join(sorted(TASKS))}"
+    if args.task != BUILT_IN and args.glue_dir is None:
+        return f"--task {args.task}: needs the data; give --glue-dir, the folder with {args.task}/"
+    if args.glue_dir is not None:
+        for name in split_files(args.task).values():
+            path = args.glue_dir / args.task / f"{name}.tsv"
+            if not path.is_file():
+                return f"--glue-dir {args.glue_dir}: {path} is missing; give GLUE's folder"
+    if args.checkpoint is not None:
+        args.dict = args.dict or args.checkpoint.parent / "dict.txt"
+        if not args.checkpoint.is_file():
+            return f"--checkpoint {args.checkpoint}: no such file; give fairseq's model.pt"
+        if not args.dict.is_file():
+            return f"--dict {args.dict}: no such file; give the dict.txt of the checkpoint"
+        if args.bpe == "sentencepiece" and args.sentencepiece_model is None:
+            return "--bpe sentencepiece: give its model with --sentencepiece-model"
+    for name in ("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe"):
+        path = getattr(args, name)
+        if path is not None and not path.is_file():
+            return f"--{name.replace('_', '-')} {path}: no such file"
+    known = ("adam", "sam_", "delta_sam_")
+    for optimizer in args.optimizers:
+        if not optimizer.startswith(known):
+            return f"--optimizers {optimizer}: not known; for example adam sam_adam delta_sam_adam"
+    for name in ("batch_size", "epochs", "cores"):
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            return f"--{name.replace('_', '-')} {value}: must be at least 1"
+    return None
+
+
+def script(name: str, *arguments: object) -> List[str]:
+    """Return the command of one of the scripts."""
+    return [PYTHON, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
+
+
+def train(*arguments: object) -> List[str]:
+    """Return a fairseq-train command that logs JSON and saves in the stage's folder."""
+    common = ["--num-workers", 0, "--save-dir", "{out}"]
+    logging = ["--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log"]
+    return [*FAIRSEQ_TRAIN, *map(str, (*arguments, *common, *logging))]
+
+
+def text_stages(work: Path) -> List[Stage]:
+    """Return the stages that make the text, the vocabulary and the small pretrained RoBERTa."""
+    lm = work / "lm"
+    held_out = sum(HELD_OUT.values())
+    text = work / "text" / "text.txt"
+    return [
+        Stage(
+            "collect English sentences",
+            script("prepare_text", "--out", "{out}/text.txt"),
+            work / "text",
+            seconds=15,
+        ),
+        Stage(
+            "train the vocabulary",
+            script(
+                "prepare_pretraining",
+                *("--text", text, "--skip", held_out, "--vocab-size", VOCABULARY, "--out", "{out}"),
+            ),
+            lm,
+            [work / "text"],
+            seconds=8,
+        ),
+        Stage(
+            "pretrain a small RoBERTa",
+            train(lm, *PRETRAINING, "--seed", 1),
+            work / "roberta",
+            [lm],
+            seconds=100,
+        ),
+    ]
+
+
+def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path]:
+    """Return the stages that make the task's data, and the folder with it."""
+    stages = []
+    glue, inputs = args.glue_dir, []
+    if glue is None:
+        glue, text = work / "glue", work / "text"
+        sizes = [word for split, size in HELD_OUT.items() for word in (f"--{split}", size)]
+        stages.append(
+            Stage(
+                "make the task",
+                script(
+                    "prepare_order",
+                    *("--text", text / "text.txt", "--swaps", SWAPS, *sizes),
+                    *("--out", f"{{out}}/{BUILT_IN}"),
+                ),
+                glue,
+                [text],
+            )
+        )
+        inputs.append(glue)
+    options: List[object] = ["--bpe", args.bpe]
+    for name in ("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe"):
+        if getattr(args, name) is not None:
+            options += [f"--{name.replace('_', '-')}", getattr(args, name)]
+    dictionary = args.dict
+    if args.checkpoint is None:
+        lm = work / "lm"
+        dictionary = lm / "dict.txt"
+        options = ["--bpe", "sentencepiece", "--sentencepiece-model", lm / "spm.model"]
+        inputs.append(lm)
+    data = work / "data" / args.task
+    command = script(
+        "prepare_glue",
+        *("--glue-dir", glue, "--task", args.task, "--dict", dictionary, *options),
+        *("--out", "{out}"),
+    )
+    stages.append(Stage(f"encode {args.task}", command, data, inputs, seconds=5))
+    return stages, data
+
+
+def recipe_of(args: argparse.Namespace) -> Recipe:
+    """Return the task's hyperparameters with what the command line says put in."""
+    recipe = SMALL_RECIPE if args.checkpoint is None else RECIPES.get(args.task, RECIPES["SST-2"])
+    given = {
+        "lr": args.lr,
+        "batch_size": args.batch_size,
+        "epochs": args.epochs,
+        "rho": args.sam_rho,
+        "beta": args.delta_sam_beta,
+    }
+    return recipe._replace(**{key: value for key, value in given.items() if value is not None})
+
+
+def number_of_sentences(args: argparse.Namespace) -> int:
+    """Return the number of training sentences, which the learning rate schedule needs."""
+    if args.glue_dir is None:
+        return HELD_OUT["train"]
+    with (args.glue_dir / args.task / "train.tsv").open("rb") as file:
+        return sum(1 for _ in file) - int(TASKS[args.task].header)
+
+
+def fine_tuning_stages(
+    args: argparse.Namespace, extra: List[str], work: Path, data: Path
+) -> List[Stage]:
+    """Return a training and a measuring stage for every optimizer and seed."""
+    recipe, task = recipe_of(args), TASKS[args.task]
+    metric = METRICS.get(args.task, ACCURACY)
+    updates = recipe.epochs * -(-number_of_sentences(args) // recipe.batch_size)
+    if args.checkpoint is None:
+        checkpoint, model = work / "roberta" / "checkpoint_last.pt", SMALL_ROBERTA
+        inputs, seconds = [data, work / "roberta"], {"adam": 15, "sam_adam": 25}
+    else:
+        checkpoint, model = args.checkpoint, ["--arch", args.arch, "--max-positions", "512"]
+        inputs, seconds = [data], {}
+    subsets = ",".join(split for split in split_files(args.task) if split != "train")
+    stages = []
+    for seed in args.seeds:
+        for optimizer in args.optimizers:
+            out = args.out / "runs" / args.task / f"{optimizer}-seed{seed}"
+            sam = ["--sam-rho", recipe.rho] if "sam_" in optimizer else []
+            if optimizer.startswith("delta_sam_"):
+                sam += ["--delta-sam-beta", recipe.beta]
+            command = train(
+                *(data, "--user-dir", ROOT / "deltasam_fairseq"),
+                *("--task", "sentence_prediction", "--criterion", "sentence_prediction"),
+                *("--num-classes", len(task.labels) or 1, "--init-token", 0),
+                *(("--separator-token", 2) if len(task.sentences) > 1 else ()),
+                *("--shorten-method", "truncate", *model, "--finetune-from-model", checkpoint),
+                *("--dropout", 0.1, "--attention-dropout", 0.1),
+                *("--optimizer", optimizer, *sam, *(ADAM if optimizer.endswith("adam") else [])),
+                *("--weight-decay", recipe.weight_decay, "--lr", recipe.lr),
+                *("--lr-scheduler", "polynomial_decay", "--total-num-update", updates),
+                *("--warmup-updates", int(recipe.warmup * updates)),
+                *("--batch-size", recipe.batch_size, "--required-batch-size-multiple", 1),
+                *("--max-epoch", recipe.epochs, "--seed", seed, "--valid-subset", subsets),
+                *(*metric.flags, "--best-checkpoint-metric", metric.name),
+                *("--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *extra),
+            )
+            name = f"{optimizer}, seed {seed}"
+            stages.append(
+                Stage(f"fine-tune {name}", command, out, inputs, seconds.get(optimizer, 0))
+            )
+            stages.append(sharpness_stage(name, out, data, recipe))
+    return stages
+
+
+def sharpness_stage(name: str, run: Path, data: Path, recipe: Recipe) -> Stage:
+    """Return the stage that measures how sharp the minimum is that a run ended in."""
+    command = [
+        *(PYTHON, "-m", "deltasam_fairseq.sharpness", data),
+        *("--path", run / "checkpoint_last.pt", "--batch-size", recipe.batch_size),
+        *("--sam-rho-list", recipe.rho, "--delta-sam-beta", recipe.beta, "--max-batches", 10),
+        *("--json", "{out}/sharpness.json"),
+    ]
+    out = run.with_name(run.name + "-sharpness")
+    return Stage(f"sharpness of {name}", list(map(str, command)), out, [run], seconds=6)
+
+
+def main() -> int:
+    """Run what is missing, then print the table; return the exit code."""
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser()
+    args, extra = options.parse_args(words[:split]), words[split + 1 :]
+    wrong = check(args)
+    if wrong is not None:
+        options.exit(2, f"run.py: {wrong}\n")
+    if importlib.util.find_spec("fairseq") is None:
+        options.exit(2, "run.py: fairseq is not installed; `make demo` makes the environment\n")
+
+    args.out = args.out.absolute()
+    work = args.out / "work"
+    stages = text_stages(work) if args.checkpoint is None else []
+    if args.glue_dir is None and args.checkpoint is not None:
+        stages = text_stages(work)[:1]
+    prepared, data = data_stages(args, work)
+    runs = fine_tuning_stages(args, extra, work, data)
+    report = args.out / args.task
+    metric = METRICS.get(args.task, ACCURACY).name
+    folders = [str(stage.out) for stage in runs if not stage.out.name.endswith("-sharpness")]
+    begin = time.monotonic()
+    expected = sum(stage.seconds for stage in (*stages, *prepared, *runs))
+    print(f"results: {args.out}" + (f" (about {expected} s)" if args.checkpoint is None else ""))
+    try:
+        run_all(
+            [
+                *(*stages, *prepared, *runs),
+                Stage(
+                    "report",
+                    script("report", *folders, "--metric", metric, "--out", "{out}"),
+                    report,
+                    [stage.out for stage in runs],
+                    seconds=3,
+                ),
+            ],
+            args.cores,
+        )
+    except StageError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    print(f"\n{(report / 'report.md').read_text(encoding='utf-8')}")
+    print(f"{report}: report.md, report.csv, curves.png ({time.monotonic() - begin:.0f} s)")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

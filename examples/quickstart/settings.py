@@ -1,0 +1,77 @@
+"""The numbers of the quick start, all in one place."""
+
+from __future__ import annotations
+
+from typing import Dict, List, NamedTuple
+
+# --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
+HELD_OUT = {"train": 4000, "dev": 1000}  # sentences of the task, kept from pretraining
+SWAPS = 3  # pairs of neighbouring words exchanged in a disturbed sentence
+VOCABULARY = 2000  # sentencepiece pieces
+
+SMALL_ROBERTA = [
+    *("--arch", "roberta_base", "--max-positions", "256"),
+    *("--encoder-layers", "2", "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "256"),
+    *("--encoder-attention-heads", "4"),
+]
+ADAM = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06"]
+
+# Short blocks, many masks and no dropout: a small model must learn the order of words in a
+# thousand or two updates.
+PRETRAINING = [
+    *("--task", "masked_lm", "--criterion", "masked_lm", "--mask-prob", "0.3"),
+    *("--sample-break-mode", "complete", "--tokens-per-sample", "32", "--max-tokens", "1024"),
+    *SMALL_ROBERTA,
+    *("--dropout", "0", "--attention-dropout", "0"),
+    *("--optimizer", "adam", *ADAM, "--weight-decay", "0.01", "--clip-norm", "1"),
+    *("--lr-scheduler", "polynomial_decay", "--lr", "0.005", "--warmup-updates", "250"),
+    *("--total-num-update", "2500", "--max-update", "2500"),
+    *("--disable-validation", "--no-epoch-checkpoints", "--no-save-optimizer-state"),
+]
+
+
+# --- fine-tuning ----------------------------------------------------------------------
+class Recipe(NamedTuple):
+    """Hyperparameters of fine-tuning; every one can be set on the command line."""
+
+    lr: float
+    batch_size: int
+    epochs: int
+    weight_decay: float
+    rho: float
+    beta: float
+    warmup: float = 0.06  # share of all updates
+
+
+SMALL_RECIPE = Recipe(lr=2e-3, batch_size=32, epochs=4, weight_decay=0.01, rho=0.05, beta=3)
+
+# fairseq's hyperparameters for RoBERTa large on GLUE; rho and beta of the delta-SAM paper.
+RECIPES: Dict[str, Recipe] = {
+    "CoLA": Recipe(1e-5, 16, 10, 0.1, 0.02, 20),
+    "MNLI": Recipe(1e-5, 32, 10, 0.1, 0.02, 3),
+    "MRPC": Recipe(1e-5, 16, 10, 0.1, 0.02, 5),
+    "QNLI": Recipe(1e-5, 32, 10, 0.1, 0.02, 3),
+    "QQP": Recipe(1e-5, 32, 10, 0.1, 0.02, 3),
+    "RTE": Recipe(2e-5, 16, 10, 0.1, 0.02, 5),
+    "SST-2": Recipe(1e-5, 32, 10, 0.1, 0.05, 3),
+    "STS-B": Recipe(2e-5, 16, 10, 0.1, 0.01, 10),
+}
+
+
+class Metric(NamedTuple):
+    """What a task is judged by: a key of fairseq's log, and the flag that makes it appear."""
+
+    name: str
+    flags: List[str]
+
+
+ACCURACY = Metric("accuracy", [])
+F1 = Metric("acc_and_f1", ["--report-acc-and-f1"])
+METRICS: Dict[str, Metric] = {
+    "CoLA": Metric("mcc", ["--report-mcc"]),
+    "MRPC": F1,
+    "QQP": F1,
+    "STS-B": Metric(
+        "pearson_and_spearman", ["--report-pearson-and-spearman", "--regression-target"]
+    ),
+}

@@ -1,0 +1,158 @@
+"""Runs commands one after another: skips what is complete, shows progress, names the log."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import List, NamedTuple, Sequence
+
+STAMP = "stage.json"  # written last: a folder that holds it is complete
+LOG = "output.log"
+LOG_LINES = 15  # of a failed stage, shown
+
+
+class StageError(RuntimeError):
+    """A stage's command failed; the message names its log file and shows the end of it."""
+
+
+class Stage(NamedTuple):
+    """One command and the folder that it makes.
+
+    Attributes:
+        title: a few words to show.
+        command: program and arguments; ``{out}`` stands for the folder to write.
+        out: the folder in which the results are found afterwards.
+        inputs: folders of earlier stages that it reads; remade whenever one of them was.
+        seconds: expected on two cores, 0 if not known.
+    """
+
+    title: str
+    command: Sequence[str]
+    out: Path
+    inputs: Sequence[Path] = ()
+    seconds: int = 0
+
+
+def fingerprint(stage: Stage) -> str:
+    """Tell by the command and by the inputs' fingerprints whether a result is still good."""
+    inputs = [read_stamp(folder).get("fingerprint", "") for folder in stage.inputs]
+    return hashlib.sha256("\0".join([*stage.command, *inputs]).encode()).hexdigest()
+
+
+def read_stamp(folder: Path) -> dict:
+    """Return what was written when the stage ended; empty if it did not."""
+    try:
+        return json.loads((folder / STAMP).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def last_lines(log: Path, count: int) -> List[str]:
+    """Return the last lines of a log that are not empty."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return [line for line in lines if line.strip()][-count:]
+
+
+def progress(log: Path) -> str:
+    """Return what the newest line of fairseq's JSON log says, in short; empty if there is none."""
+    for line in reversed(last_lines(log, LOG_LINES)):
+        start = line.find('{"epoch"')
+        if start < 0:
+            continue
+        try:
+            stats = json.loads(line[start:])
+        except ValueError:
+            continue
+        stats = {key.replace("train_", "").replace("valid_", ""): v for key, v in stats.items()}
+        keys = ("epoch", "num_updates", "loss", "accuracy")
+        return ", ".join(f"{key} {stats[key]}" for key in keys if key in stats)
+    return ""
+
+
+def run(stage: Stage, position: str, cores: int) -> None:
+    """Run one stage, unless its folder is there and complete.
+
+    The command writes to ``<out>.partial``, renamed at the end.  A partial folder of the same
+    command is kept, so that training goes on from its last checkpoint.
+
+    Raises:
+        StageError: the command failed.
+    """
+    mark = fingerprint(stage)
+    if read_stamp(stage.out).get("fingerprint") == mark:
+        print(f"[{position}] {stage.title}: already there", flush=True)
+        return
+    partial = stage.out.with_name(stage.out.name + ".partial")
+    started = partial / "started"
+    if not started.exists() or started.read_text() != mark:
+        remove(partial)
+        partial.mkdir(parents=True)
+        started.write_text(mark)
+    log = partial / LOG
+    command = [part.replace("{out}", str(partial)) for part in stage.command]
+    begin = time.monotonic()
+    with log.open("ab") as output:
+        environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "PYTHONHASHSEED": "0"}
+        process = subprocess.Popen(
+            command, stdout=output, stderr=subprocess.STDOUT, env=environment
+        )
+        try:
+            watch(process, stage, position, log, begin)
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
+        shown = "\n".join("    " + line for line in last_lines(log, LOG_LINES))
+        raise StageError(
+            f"{stage.title} failed with code {process.returncode}\n{shown}\nlog: {log}"
+        )
+    seconds = round(time.monotonic() - begin, 1)
+    started.unlink()
+    stamp = {"fingerprint": mark, "command": list(stage.command), "seconds": seconds}
+    (partial / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
+    remove(stage.out)
+    partial.rename(stage.out)
+
+
+def watch(process: subprocess.Popen, stage: Stage, position: str, log: Path, begin: float) -> None:
+    """Show the elapsed and the expected time and the newest figures until the process ends."""
+    live = sys.stdout.isatty()
+    expected = f" of about {stage.seconds} s" if stage.seconds else ""
+    if not live:
+        print(f"[{position}] {stage.title}{expected and ':' + expected[3:]}", flush=True)
+    next_line = begin + 20
+    while True:
+        try:
+            process.wait(timeout=0.5)
+        except subprocess.TimeoutExpired:
+            pass
+        now = time.monotonic()
+        ended = process.returncode is not None
+        line = f"[{position}] {stage.title}: {now - begin:.0f} s{'' if ended else expected}"
+        figures = progress(log)
+        line += f" ({figures})" if figures else ""
+        if live:
+            print("\r" + line[:110].ljust(110), end="\n" if ended else "", flush=True)
+        elif ended or now > next_line:
+            next_line = now + 20
+            print(line, flush=True)
+        if ended:
+            return
+
+
+def remove(folder: Path) -> None:
+    """Remove a folder that may not be there."""
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_all(stages: Sequence[Stage], cores: int) -> None:
+    """Run the stages in order; the first failure ends it."""
+    for number, stage in enumerate(stages, start=1):
+        run(stage, f"{number}/{len(stages)}", cores)
