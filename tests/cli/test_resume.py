@@ -1,0 +1,89 @@
+"""A run that was stopped, or killed, and resumed is the run that never stopped, bit for bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import runs
+import tiny
+
+OPTIMIZERS = {
+    "adam": ["--optimizer", "adam"],
+    "sam_adam": ["--optimizer", "sam_adam"],
+    "delta_sam_adam": ["--optimizer", "delta_sam_adam"],
+    "delta_sam_adam, accumulated": ["--optimizer", "delta_sam_adam", "--update-freq", "2"],
+    "adaptive": ["--optimizer", "delta_sam_adam", "--sam-adaptive", "--sam-rho", "0.5"],
+    "begins after the stop": ["--optimizer", "sam_adam", "--sam-start-update", "4"],
+}
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_stopped_in_the_middle_of_an_epoch_and_resumed(classification, tmp_path, name):
+    """Four updates are an epoch, two with --update-freq 2; the stop is after three."""
+    options = [*OPTIMIZERS[name], "--lr-scheduler", "polynomial_decay", "--total-num-update", "20"]
+    whole = runs.train(classification, tmp_path / "whole", *options, "--max-update", "7")
+    runs.train(classification, tmp_path / "parts", *options, "--max-update", "3")
+    parts = runs.train(classification, tmp_path / "parts", *options, "--max-update", "7")
+    assert [log["num_updates"] for log in parts.updates] == ["4", "5", "6", "7"]
+    runs.assert_same_end(parts, whole)
+
+
+def test_the_comparison_can_fail(classification, tmp_path):
+    """One update with another seed, and the ends are not the same."""
+    one, other = (
+        runs.train(classification, tmp_path / seed, "--seed", seed, "--max-update", "1")
+        for seed in ("3", "4")
+    )
+    with pytest.raises(AssertionError):
+        runs.assert_same_end(one, other)
+
+
+def kill_after_a_checkpoint(argv, checkpoint):
+    """SIGKILL for a training process as soon as it has written a whole checkpoint.
+
+    Returns:
+        what the checkpoint holds.
+    """
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fairseq_cli.train", *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        start_new_session=True,
+    )
+    try:
+        deadline = time.time() + 90
+        while time.time() < deadline:
+            assert process.poll() is None, process.communicate()[0].decode()
+            if checkpoint.exists():
+                # fairseq copies the file to this name: held still, it is whole or it is not.
+                os.kill(process.pid, signal.SIGSTOP)
+                try:
+                    return runs.load(checkpoint)
+                except RuntimeError:
+                    os.kill(process.pid, signal.SIGCONT)
+            time.sleep(0.005)
+        raise AssertionError(f"{checkpoint} was not written")
+    finally:
+        process.kill()
+        process.communicate()
+
+
+@pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
+def test_killed_by_force_and_resumed(classification, tmp_path, optimizer):
+    options = ["--optimizer", optimizer, "--update-freq", "2", "--max-epoch", "1000"]
+    saving = ["--save-interval-updates", "3", "--max-update", "1500"]
+    argv = tiny.arguments(
+        classification, tmp_path / "killed", *runs.SHORT, *options, *saving, "--log-interval", "100"
+    )
+    left = kill_after_a_checkpoint(argv, tmp_path / "killed" / "checkpoint_last.pt")
+    updates = left["optimizer_history"][-1]["num_updates"]
+    assert 0 < updates < 1500 and not (tmp_path / "killed" / "crash.pt").exists()
+    until = ["--max-update", str(updates + 3)]
+    whole = runs.train(classification, tmp_path / "whole", *options, *until)
+    resumed = runs.train(classification, tmp_path / "killed", *options, *until)
+    assert len(resumed.updates) == 3
+    runs.assert_same_end(resumed, whole)
