@@ -26,7 +26,7 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import Reweighting, guardedness, guardedness_sums, reweight
 from deltasam_fairseq.criterions import PerSentence, per_sentence_losses
-from deltasam_fairseq.optim import SharpnessAwareOptimizer, sharpness_aware
+from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
 from deltasam_fairseq.replay import Replay
 from deltasam_fairseq.update_log import UpdateLog
 
@@ -38,6 +38,9 @@ Prepared = Tuple[Dict[str, Any], bool]
 # How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
 # of a sum of many terms in the precision of the model.
 _SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
+# Where a checkpoint's extra state holds the loss scaler's counters.
+_SCALER = "deltasam_loss_scaler"
 
 
 class SharpnessAwareTrainer(Trainer):
@@ -57,6 +60,7 @@ class SharpnessAwareTrainer(Trainer):
         super()._build_optimizer()
         sam = sharpness_aware(self._optimizer)
         if sam is not None:
+            sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
             logger.info(sam.describe())
 
     @metrics.aggregate("train")
@@ -81,13 +85,30 @@ class SharpnessAwareTrainer(Trainer):
             replay()
             # What is on the device already passes through fairseq's preparation as it is; a
             # missing micro-batch has to arrive missing to be recognised as a dummy.
-            return super().train_step(
-                [raw if dummy else ready for raw, (ready, dummy) in zip(samples, prepared)],
-                raise_oom,
-            )
+            ready = [raw if dummy else on for raw, (on, dummy) in zip(samples, prepared)]
+            return self._descend(ready, raise_oom)
         finally:
             sam.restore()
             self._update_log = None
+
+    def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
+        """fairseq's own train_step, counting the updates that it skips for an overflow."""
+        updates, log = self.get_num_updates(), self._update_log
+        try:
+            stats = super().train_step(samples, raise_oom)
+        except (AssertionError, RuntimeError) as e:
+            # Handling an overflow, fairseq puts a number on the GPU that a CPU run has not.
+            if self.cuda or not isinstance(e.__context__, OverflowError):
+                raise
+            self.zero_grad()
+            metrics.log_scalar("loss_scale", self._loss_scale(), priority=700, round=4, weight=0)
+            metrics.log_stop_time("train_wall")
+            stats = None
+        scales = getattr(self.optimizer, "scaler", None) is not None
+        if stats is None and scales and self.get_num_updates() == updates:
+            where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
+            metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
+        return stats
 
     # The ascent
 
@@ -108,7 +129,9 @@ class SharpnessAwareTrainer(Trainer):
             if utils.has_parameters(self.criterion):
                 self._reduce_criterion_grads(sam)
             scale /= self.data_parallel_world_size  # what reduces gradients averages them
-        log.ascent_gnorm = sam.ascend(self._trainable()) / scale
+        ascent = sam.ascend(self._trainable(), self.cfg.common.seed, self.get_num_updates())
+        log.ascent_gnorm = ascent.norm / scale
+        log.realised = ascent.realised if sam.half_dtype is not None else None
         return log
 
     def _sam_backward(
@@ -145,17 +168,17 @@ class SharpnessAwareTrainer(Trainer):
             self._check_per_sentence_losses(samples[0][0], replay)
             self._losses_checked = True
 
+        log, done = UpdateLog(per_rank=sam.per_rank), 0
         if len(samples) > 1:
             clean = self._losses(samples, replay)
-            reweighting = self._reweight(sam, samples, clean, replay)
-        log, done = UpdateLog(per_rank=sam.per_rank), 0
+            reweighting = self._reweight(sam, samples, clean, replay, log)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
             with self._unreduced(sam, last=i == len(samples) - 1):
                 with self._autocast():
                     losses, sample_size, logging_output = self._forward(self.model, sample)
                 if len(samples) == 1:
-                    reweighting = self._reweight(sam, samples, [losses], replay)
+                    reweighting = self._reweight(sam, samples, [losses], replay, log)
                 if is_dummy:
                     weights = torch.zeros_like(losses)
                 else:
@@ -163,7 +186,6 @@ class SharpnessAwareTrainer(Trainer):
                     done += len(losses)
                 self.optimizer.backward((weights * losses).sum())
             log.add(logging_output, sample_size, is_dummy)
-        log.reweighting = reweighting
         return log
 
     def _reweight(
@@ -172,9 +194,10 @@ class SharpnessAwareTrainer(Trainer):
         samples: List[Prepared],
         clean: List[Tensor],
         replay: Replay,
+        log: UpdateLog,
     ) -> Reweighting:
         """Probe (Eq. 3), then the weights of this rank's sentences in the global batch."""
-        sam.probe(self._trainable(), self.cfg.common.seed, self.get_num_updates())
+        radius = sam.probe(self._trainable(), self.cfg.common.seed, self.get_num_updates())
         try:
             probed = self._losses(samples, replay)
         finally:
@@ -185,10 +208,12 @@ class SharpnessAwareTrainer(Trainer):
                 for c, p, (_, is_dummy) in zip(clean, probed, samples)
             ]
         )
+        a *= sam.rho / radius
         sums = guardedness_sums(a)
         if self._reduces(sam):
             distributed_utils.all_reduce(sums, group=self.data_parallel_process_group)
-        return reweight(a, sums, sam.beta)
+        log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
+        return log.reweighting
 
     def _losses(self, samples: List[Prepared], replay: Replay) -> List[Tensor]:
         """Losses of all sentences, a tensor of shape (B,) a micro-batch, without graph."""
@@ -294,6 +319,12 @@ class SharpnessAwareTrainer(Trainer):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad / world_size
                 distributed_utils.all_reduce(p.grad, group=self.data_parallel_process_group)
 
+    def _compute_dtype(self) -> torch.dtype:
+        """What the forward multiplies weights in."""
+        if self.cfg.common.amp and self.cuda:
+            return torch.get_autocast_gpu_dtype()
+        return self._trainable()[0].dtype
+
     def _autocast(self) -> Any:
         return torch.autocast("cuda") if self.cfg.common.amp else contextlib.ExitStack()
 
@@ -315,11 +346,37 @@ class SharpnessAwareTrainer(Trainer):
         sam = sharpness_aware(self.optimizer)
         if sam is None:
             return super().state_dict()
-        log = self._update_log
+        log, moved = self._update_log, sam.weights.moved
         if log is not None and not torch.isfinite(log.ascent_gnorm):
             sam.weights.restore()
         with sam.weights.suspended():
-            return super().state_dict()
+            state = super().state_dict()
+            if moved:  # what moves on must not move what is being saved
+                state["model"] = {k: v.clone() for k, v in state["model"].items()}
+        state["extra_state"][_SCALER] = self._scaler_counters()
+        return state
+
+    def load_checkpoint(
+        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """fairseq's, and the loss scaler's counters, without which a resumed run differs."""
+        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        counters = (extra_state or {}).get(_SCALER)
+        if counters and not reset_optimizer and sharpness_aware(self.optimizer) is not None:
+            scaler = self.optimizer.scaler
+            if self.cfg.common.amp:
+                scaler.load_state_dict(counters)
+            else:
+                vars(scaler).update({k: counters[k] for k in vars(scaler) if k in counters})
+        return extra_state
+
+    def _scaler_counters(self) -> Optional[Dict[str, Any]]:
+        scaler = getattr(self.optimizer, "scaler", None)
+        if scaler is None:
+            return None
+        if self.cfg.common.amp:
+            return scaler.state_dict()
+        return {name: value for name, value in vars(scaler).items() if name.startswith("_")}
 
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False

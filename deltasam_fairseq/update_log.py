@@ -30,11 +30,13 @@ class UpdateLog:
     ==================== ==================================================================
     sam_loss             loss at ``w + eps*``, in the units of loss
     sharpness            sam_loss - loss
+    sam_realised         share of the ascent that survived rounding (half precision only)
     ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
     delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1
     delta_sam_r          the ratio r of Eq. 5
     delta_sam_negative   share of sentences with a negative ascent weight, 0 to 1
     delta_sam_uniform    number of updates with uniform weights (degenerate cases)
+    delta_sam_radius     radius of the probe (half precision only)
     ==================== ==================================================================
 
     Args:
@@ -43,7 +45,9 @@ class UpdateLog:
 
     Attributes:
         reweighting: delta-SAM's weights, None for SAM.
+        probe_radius: of delta-SAM's probe.
         ascent_gnorm: norm of the summed ascent gradient, without loss scale.
+        realised: share of the ascent that survived rounding, None where nothing is rounded.
     """
 
     ascent_gnorm: Tensor
@@ -51,6 +55,8 @@ class UpdateLog:
     def __init__(self, per_rank: bool) -> None:
         self.per_rank = per_rank
         self.reweighting: Optional[Reweighting] = None
+        self.probe_radius: Optional[Tensor] = None
+        self.realised: Optional[Tensor] = None
         self._clean: Logs = []
         self._sample_sizes: List[Any] = []
         self._dummies: List[bool] = []
@@ -127,8 +133,12 @@ class UpdateLog:
         # The gradient of a rank's own shard is that of so many times fewer sentences.
         gnorm = sums[_GNORM] if self.per_rank else sums[_GNORM] / sums[_RANKS]
         metrics.log_scalar("ascent_gnorm", gnorm / (sample_size or 1.0), priority=401, round=3)
+        if self.realised is not None:
+            metrics.log_scalar("sam_realised", self.realised, priority=21, round=3)
         if self.reweighting is None:
             return
+        if self.realised is not None and self.probe_radius is not None:
+            metrics.log_scalar("delta_sam_radius", self.probe_radius, priority=25, round=3)
         n = sums[_SENTENCES]
         metrics.log_scalar("delta_sam_effective", n / sums[_SQUARES], priority=22, round=3)
         metrics.log_scalar("delta_sam_r", self.reweighting.r, priority=23, round=3)

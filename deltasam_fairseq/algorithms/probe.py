@@ -5,7 +5,10 @@ from typing import List
 import torch
 from torch import Tensor
 
+from deltasam_fairseq.algorithms.rounding import unit_roundoff
 from deltasam_fairseq.algorithms.sam import global_norm
+
+PROBE, ROUNDING = 0, 1
 
 _MASK = (1 << 64) - 1
 
@@ -18,24 +21,31 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def probe_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
-    """Random generator of one update's probe.
+def update_generator(seed: int, update: int, use: int, device: torch.device) -> torch.Generator:
+    """Random generator for one use in one update.
 
     Depends on nothing but its arguments, so that all processes and a resumed run draw the same
-    direction; apart from the global generators, so that no dropout mask moves. The seed is
-    mixed because fairseq seeds its dropout with ``seed + update`` itself.
+    numbers; apart from the global generators, so that no dropout mask moves. The seed is mixed
+    because fairseq seeds its dropout with ``seed + update`` itself.
 
     Args:
         seed: the run's seed.
         update: number of updates done.
+        use: tells apart what is drawn in one update: `PROBE`, `ROUNDING`.
         device: where the weights are.
 
     Returns:
         a seeded generator on ``device``.
     """
     generator = torch.Generator(device=device)
-    generator.manual_seed(_mix(_mix(seed & _MASK) ^ (update & _MASK)) >> 1)
+    mixed = _mix(_mix(_mix(seed & _MASK) ^ (update & _MASK)) ^ use)
+    generator.manual_seed(mixed >> 1)
     return generator
+
+
+def probe_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
+    """The `update_generator` of the probe's direction."""
+    return update_generator(seed, update, PROBE, device)
 
 
 def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
@@ -51,3 +61,25 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
     for u in out:
         u.normal_(generator=generator)
     return global_norm(out)
+
+
+def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
+    """Radius of a probe in half precision.
+
+    ``R = sqrt(unit roundoff of dtype) ||w||_2``
+
+    The textbook step of a forward difference, with the weight vector as the argument: the
+    rounding of weights and forward disturbs ``a_j`` by a share that falls as 1/R, the curvature
+    of the loss by one that grows as R, and the two are balanced where R is proportional to the
+    square root of the roundoff (Nocedal and Wright 2006, section 8.1). R is far from rho, but
+    ``g`` and ``r`` (Eq. 4, 5) do not change when all ``a_j`` are multiplied by one number.
+    In float32 the rule gives 0.06 for an encoder of 22M weights: rho itself.
+
+    Args:
+        weights: all trainable weights.
+        dtype: what the forward computes in.
+
+    Returns:
+        0-dim float64, on the device of the weights.
+    """
+    return unit_roundoff(dtype) ** 0.5 * global_norm(weights)

@@ -4,14 +4,34 @@ Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Gener
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
 """
 
-from typing import List, Sequence
+from typing import Callable, Iterable, NamedTuple, Optional, Sequence
 
 import torch
 from torch import Tensor
 
+# From the float32 values that the perturbed weights should have to those that they can have.
+Rounding = Callable[[Tensor], Tensor]
 
-def global_norm(tensors: Sequence[Tensor]) -> Tensor:
-    """L2 norm over all elements of a list of tensors.
+
+class Ascent(NamedTuple):
+    """What an ascent found.
+
+    Attributes:
+        norm: ``||g||_2`` of SAM, ``||T g||_2`` of ASAM, 0-dim float64.
+        realised: the share of ``eps*`` that survived rounding to the precision of the weights,
+            ``(w' - w) . eps* / ||eps*||^2``, 0-dim float64; 1 where nothing is rounded.
+    """
+
+    norm: Tensor
+    realised: Tensor
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() < 4 else x
+
+
+def global_norm(tensors: Iterable[Tensor]) -> Tensor:
+    """L2 norm over all elements of some tensors.
 
     ``||t||_2 = sqrt(sum_i ||t_i||_2^2)``
 
@@ -20,15 +40,15 @@ def global_norm(tensors: Sequence[Tensor]) -> Tensor:
             on one device.
 
     Returns:
-        0-dim float64 tensor on that device; 0 for an empty list. Not read back to the host.
+        0-dim float64 tensor on that device; 0 for no tensors. Not read back to the host.
     """
-    if not tensors:
-        return torch.zeros((), dtype=torch.float64)
     norms = [
-        torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)
+        torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None).double()
         for t in tensors
     ]
-    return torch.stack(norms).double().square().sum().sqrt()
+    if not norms:
+        return torch.zeros((), dtype=torch.float64)
+    return torch.stack(norms).square().sum().sqrt()
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
@@ -43,26 +63,47 @@ def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
 
 
 def move_along_(
-    out: List[Tensor], weights: Sequence[Tensor], direction: Sequence[Tensor], scale: Tensor
-) -> None:
-    """``out_i = w_i + scale * d_i``, elementwise in one pass.
+    out: Iterable[Tensor],
+    weights: Iterable[Tensor],
+    direction: Iterable[Tensor],
+    scale: Tensor,
+    rounding: Optional[Rounding] = None,
+) -> Tensor:
+    """``out_i = w_i + scale * d_i``, in at least float32, then rounded.
 
     Args:
-        out: receives the result; may be ``direction`` itself.
-        weights: ``w``, left as they are.
-        direction: ``d``, same shapes.
+        out: receives the result; each may be its ``weights`` or ``direction`` itself.
+        weights: ``w``, of any precision at least that of ``out``.
+        direction: ``d``, same shapes; consumed one at a time, so that it may be a generator.
         scale: 0-dim tensor.
+        rounding: to the values that ``out`` is to have; default: what its dtype rounds to.
+
+    Returns:
+        share of the movement that ``rounding`` left along its direction, see `Ascent`.
     """
+    lost, whole = torch.zeros_like(scale), torch.zeros_like(scale)
     for v, w, d in zip(out, weights, direction):
-        if w.element_size() < 4:  # a scale of 1e-6 is a subnormal in fp16
-            v.copy_(torch.addcmul(w.float(), d.float(), scale.to(w.device, torch.float32)))
-        else:
+        if rounding is None and v.dtype == w.dtype == d.dtype and v.element_size() >= 4:
             torch.addcmul(w, d, scale.to(w.device, w.dtype), out=v)
+            continue
+        w = _at_least_float32(w)
+        step = d.to(w.dtype) * scale.to(w.device, w.dtype)
+        moved = w + step
+        rounded = moved if rounding is None else rounding(moved)
+        if rounding is not None:
+            whole += torch.sum(step * step, dtype=torch.float64)
+            lost += torch.sum((moved - rounded) * step, dtype=torch.float64)
+        v.copy_(rounded)
+    return 1 - torch.where(whole > 0, lost / whole, torch.zeros_like(whole))
 
 
 def sam_ascent_(
-    out: List[Tensor], weights: Sequence[Tensor], grads: Sequence[Tensor], rho: float
-) -> Tensor:
+    out: Iterable[Tensor],
+    weights: Sequence[Tensor],
+    grads: Sequence[Tensor],
+    rho: float,
+    rounding: Optional[Rounding] = None,
+) -> Ascent:
     """Weights at the SAM perturbation.
 
     ``out = w + eps*``,  ``eps* = rho g / ||g||_2``
@@ -73,23 +114,25 @@ def sam_ascent_(
         grads: ascent gradient ``g``; its scale cancels. Under data parallelism already reduced,
             so that every process computes the same ``eps*``.
         rho: radius of the ball in weight space, at least 0.
+        rounding: see `move_along_`.
 
     Returns:
-        ``||g||_2``, 0-dim float64. A zero gradient perturbs nothing; a gradient that is not
-        finite makes all of ``out`` NaN.
+        an `Ascent`. A zero gradient perturbs nothing; a gradient that is not finite makes all
+        of ``out`` NaN.
     """
     norm = global_norm(grads)
-    move_along_(out, weights, grads, _radius_over_norm(rho, norm))
-    return norm
+    realised = move_along_(out, weights, grads, _radius_over_norm(rho, norm), rounding)
+    return Ascent(norm, realised)
 
 
 def asam_ascent_(
-    out: List[Tensor],
+    out: Iterable[Tensor],
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     rho: float,
     eta: float,
-) -> Tensor:
+    rounding: Optional[Rounding] = None,
+) -> Ascent:
     """Weights at the adaptive (elementwise, scale-invariant) SAM perturbation.
 
     ``out = w + rho T^2 g / ||T g||_2``,  ``T = diag(|w| + eta)``
@@ -103,12 +146,16 @@ def asam_ascent_(
         grads: ascent gradient, as in `sam_ascent_`.
         rho: radius in units of the weights' own size; the paper uses 0.5 to 2.
         eta: added to ``|w|`` so that weights at zero can move; the paper uses 0.01.
+        rounding: see `move_along_`.
 
     Returns:
-        ``||T g||_2``, 0-dim float64; degenerate gradients as in `sam_ascent_`.
+        an `Ascent`; degenerate gradients as in `sam_ascent_`.
     """
-    norm = global_norm([(w.abs() + eta) * g for w, g in zip(weights, grads)])
-    for v, w, g in zip(out, weights, grads):
-        torch.mul((w.abs() + eta).square_(), g, out=v)
-    move_along_(out, weights, out, _radius_over_norm(rho, norm))
-    return norm
+
+    def t(w: Tensor) -> Tensor:
+        return _at_least_float32(w).abs() + eta
+
+    norm = global_norm(t(w) * g for w, g in zip(weights, grads))
+    direction = (t(w).square_() * g for w, g in zip(weights, grads))
+    realised = move_along_(out, weights, direction, _radius_over_norm(rho, norm), rounding)
+    return Ascent(norm, realised)

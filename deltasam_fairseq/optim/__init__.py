@@ -2,12 +2,17 @@
 
 from deltasam_fairseq.optim.config import DeltaSAMConfig, SAMConfig
 from deltasam_fairseq.optim.register import register_sharpness_aware_optimizers
-from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer, sharpness_aware
+from deltasam_fairseq.optim.sharpness_aware import (
+    SharpnessAwareOptimizer,
+    masters_of,
+    sharpness_aware,
+)
 
 __all__ = [
     "DeltaSAMConfig",
     "SAMConfig",
     "SharpnessAwareOptimizer",
+    "masters_of",
     "register_sharpness_aware_optimizers",
     "sharpness_aware",
 ]

@@ -2,7 +2,7 @@
 
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -67,6 +67,15 @@ class DeltaSAMConfig(SAMConfig):
             "searched in {3, 5, 10, 20, 50, 70}"
         },
     )
+    delta_sam_probe_radius: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "radius of delta-SAM's random probe, L2 norm in weight space, above 0. "
+            "Default: rho in float32; in half precision the square root of the unit roundoff "
+            "times the norm of the weights, because a probe of radius rho would be rounded away "
+            "(the weights of the sentences do not depend on it)"
+        },
+    )
 
 
 def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
@@ -87,6 +96,13 @@ def check_optimizer_config(cfg: Any) -> None:
     ):
         value = getattr(cfg, option, 0.0)
         _require(math.isfinite(value) and value >= 0, option, value, help_)
+    radius = getattr(cfg, "delta_sam_probe_radius", None)
+    _require(
+        radius is None or (math.isfinite(radius) and radius > 0),
+        "delta_sam_probe_radius",
+        radius,
+        "must be finite and above 0; leave it out for the rule",
+    )
     start = cfg.sam_start_update
     _require(start >= 0, "sam_start_update", start, "must be at least 0, a number of updates")
     _require(

@@ -1,6 +1,7 @@
 """The optimizer wrapper: perturbs the model's weights and restores them before the base steps."""
 
-from typing import Any, Dict, List, Optional, Sequence, Type
+import functools
+from typing import Any, Dict, List, Optional, Sequence, Type, Union
 
 import torch
 from fairseq.optim import FairseqOptimizer
@@ -8,14 +9,22 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import (
+    ROUNDING,
+    Ascent,
     asam_ascent_,
     draw_direction_,
     move_along_,
     probe_generator,
+    resolvable_radius,
+    round_stochastically,
     sam_ascent_,
+    update_generator,
 )
 from deltasam_fairseq.optim.config import check_optimizer_config
-from deltasam_fairseq.optim.weights import MovedWeights
+from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
+
+# Where the optimizer state of a checkpoint holds float32 weights.
+_MASTERS = "sam_fp32_params"
 
 
 class SharpnessAwareOptimizer(FairseqOptimizer):
@@ -31,9 +40,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     `skip_ascent`) came before: without the trainer this would silently be the base optimizer.
 
     The perturbed weights are the model's own, which under --fp16 are not those that the base
-    optimizer holds; therefore they are arguments here. No state is added to the base
-    optimizer's, and none of its own is needed to resume: the probe depends on seed and update
-    number only.
+    optimizer holds; therefore they are arguments here. To resume, no state of its own is
+    needed: probe and rounding depend on seed and update number only.
 
     Args:
         cfg: options of the base optimizer and a `SAMConfig` (or `DeltaSAMConfig`), flat.
@@ -55,8 +63,22 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.beta: float = getattr(cfg, "delta_sam_beta", 0.0)
         self.start_update: int = cfg.sam_start_update
         self.per_rank: bool = cfg.sam_scope == "rank"
-        self.weights = MovedWeights()
+        self.probe_radius: Optional[float] = getattr(cfg, "delta_sam_probe_radius", None)
+        self.weights: Union[SwappedWeights, OverwrittenWeights] = SwappedWeights()
+        self.half_dtype: Optional[torch.dtype] = None
         self._ready_to_step = False
+
+    def compute_in(
+        self, dtype: torch.dtype, masters: Optional[Dict[Parameter, Tensor]] = None
+    ) -> None:
+        """Say what precision the forward computes in; without it, float32 or better.
+
+        Args:
+            dtype: of the weights that the forward multiplies with.
+            masters: the float32 copies of the model's weights that are stepped, if there are.
+        """
+        self.half_dtype = dtype if torch.finfo(dtype).bits < 32 else None
+        self.weights = SwappedWeights() if masters is None else OverwrittenWeights(masters)
 
     def describe(self) -> str:
         """One line for the log: what this optimizer does, with its values."""
@@ -70,6 +92,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append("each rank from its own shard")
         if self.start_update:
             parts.append(f"from update {self.start_update} on")
+        if self.half_dtype is not None:
+            parts.append(f"rounded stochastically to {self.half_dtype}")
         if not self.rho:
             return f"{method} with rho 0: training is plain {self.base_name}"
         return f"{method} on {self.base_name}: " + ", ".join(parts)
@@ -78,44 +102,76 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Whether the update after ``update`` updates perturbs the weights."""
         return self.rho > 0 and update >= self.start_update
 
-    def probe(self, params: Sequence[Parameter], seed: int, update: int) -> None:
-        """Move the weights to ``w + rho u / ||u||``, ``u ~ N(0, I)`` (Eq. 3).
+    def probe(self, params: Sequence[Parameter], seed: int, update: int) -> Tensor:
+        """Move the weights to ``w + R u / ||u||``, ``u ~ N(0, I)`` (Eq. 3).
+
+        R is rho where the forward computes in float32 or better. In half precision such a
+        probe would be rounded away, and R is one that the weights resolve, see
+        `resolvable_radius`; --delta-sam-probe-radius overrides both.
 
         Args:
             params: all trainable weights, in the same order on every process.
             seed, update: what the draw depends on, see `probe_generator`.
-        """
-        buffers = self.weights.buffers(params)
-        values = [p.data for p in params]
-        norm = draw_direction_(buffers, probe_generator(seed, update, values[0].device))
-        move_along_(buffers, values, buffers, self.rho / norm)
-        self.weights.move(params, buffers)
 
-    def ascend(self, params: Sequence[Parameter]) -> Tensor:
+        Returns:
+            R, 0-dim float64.
+        """
+        values = self.weights.values(params)
+        generator = probe_generator(seed, update, values[0].device)
+        if self.probe_radius is None and self.half_dtype is not None:
+            radius = resolvable_radius(values, self.half_dtype)
+        else:
+            radius = torch.tensor(
+                self.rho if self.probe_radius is None else self.probe_radius,
+                dtype=torch.float64,
+                device=values[0].device,
+            )
+
+        def write(out: List[Tensor]) -> None:
+            if out[0].element_size() >= 4:
+                move_along_(out, values, out, radius / draw_direction_(out, generator))
+                return
+            # Half precision cannot hold u itself. It is drawn a weight at a time, and its norm
+            # is that of d standard normal numbers, sqrt(d) but for a share of 1 / sqrt(2 d).
+            d = sum(v.numel() for v in out)
+            u = (torch.empty_like(v, dtype=torch.float32).normal_(generator=generator) for v in out)
+            move_along_(out, values, u, radius / d**0.5)
+
+        self.weights.move(params, write)
+        return radius
+
+    def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Ascent:
         """Move the weights to ``w + eps*`` along the gradients that they hold, reduced already.
 
-        A parameter without gradient stays where it is.
+        A parameter without gradient stays where it is. In half precision the step is taken
+        from float32 and rounded stochastically, see `round_stochastically`.
 
         Args:
             params: all trainable weights.
+            seed, update: what the rounding depends on.
 
         Returns:
-            norm of the ascent gradient (of ``T g`` for ASAM), 0-dim float64, in the units of
-            the gradients that were found (loss scale and normalisation not undone).
+            an `Ascent`, its norm in the units of the gradients that were found.
         """
-        buffers = self.weights.buffers(params)
-        climbing = [(p, b) for p, b in zip(params, buffers) if p.grad is not None]
-        out: List[Tensor] = [b for _, b in climbing]
-        values = [p.data for p, _ in climbing]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p, _ in climbing]
-        with torch.no_grad():
+        climbing = [p for p in params if p.grad is not None]
+        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in climbing]
+        values = self.weights.values(climbing)
+        rounding = None
+        if self.half_dtype is not None:
+            generator = update_generator(seed, update, ROUNDING, params[0].device)
+            rounding = functools.partial(
+                round_stochastically, dtype=self.half_dtype, generator=generator
+            )
+
+        @torch.no_grad()
+        def write(out: List[Tensor]) -> Ascent:
             if self.eta is None:
-                norm = sam_ascent_(out, values, grads, self.rho)
-            else:
-                norm = asam_ascent_(out, values, grads, self.rho, self.eta)
-        self.weights.move([p for p, _ in climbing], out)
+                return sam_ascent_(out, values, grads, self.rho, rounding)
+            return asam_ascent_(out, values, grads, self.rho, self.eta, rounding)
+
+        ascent = self.weights.move(climbing, write)
         self._ready_to_step = True
-        return norm
+        return ascent
 
     def skip_ascent(self) -> None:
         """This update is one of the base optimizer alone."""
@@ -170,10 +226,24 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.base.set_lr(lr)
 
     def state_dict(self) -> Dict[str, Any]:
-        return self.base.state_dict()
+        """The base optimizer's, and the float32 weights where it steps those of half precision.
+
+        fairseq saves the half-precision weights only, and a resumed run goes on from them.
+        """
+        state = dict(self.base.state_dict())
+        if isinstance(self.weights, OverwrittenWeights):
+            state[_MASTERS] = [p.data for p in self.params]
+        return state
 
     def load_state_dict(self, state_dict: Dict[str, Any], optimizer_overrides: Any = None) -> None:
-        self.base.load_state_dict(state_dict, optimizer_overrides)
+        state = dict(state_dict)
+        masters = state.pop(_MASTERS, None)
+        self.base.load_state_dict(state, optimizer_overrides)
+        own = list(self.params)
+        if isinstance(self.weights, OverwrittenWeights) and masters is not None:
+            if [m.shape for m in masters] == [p.shape for p in own]:
+                for p, master in zip(own, masters):
+                    p.data.copy_(master)
 
     def backward(self, loss: Tensor) -> None:
         self.base.backward(loss)
@@ -226,3 +296,27 @@ def sharpness_aware(optimizer: FairseqOptimizer) -> Optional[SharpnessAwareOptim
     for inner in ("fp32_optimizer", "wrapped_optimizer"):
         optimizer = getattr(optimizer, inner, optimizer)
     return optimizer if isinstance(optimizer, SharpnessAwareOptimizer) else None
+
+
+def masters_of(optimizer: FairseqOptimizer) -> Optional[Dict[Parameter, Tensor]]:
+    """The float32 copies that fairseq's FP16Optimizer keeps of half-precision weights.
+
+    Args:
+        optimizer: what fairseq's trainer holds.
+
+    Returns:
+        the copy of every weight, in its shape, a view of what the base optimizer steps; None
+        where there are no copies.
+    """
+    masters = getattr(optimizer, "fp32_params", None)
+    if masters is None:
+        return None
+    params = list(optimizer.fp16_params)
+    if not isinstance(masters, dict):
+        return {p: master.data for p, master in zip(params, masters)}
+    views: Dict[Parameter, Tensor] = {}
+    for device, flat in masters.items():
+        own = [p for p in params if len(masters) == 1 or p.device.index == device]
+        pieces = flat.data.split([p.numel() for p in own])
+        views.update((p, piece.view_as(p)) for p, piece in zip(own, pieces))
+    return views

@@ -1,25 +1,28 @@
 """Moving a model's weights away and back, bit for bit."""
 
 import contextlib
-from typing import Iterator, List, Optional, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Sequence
 
 from torch import Tensor
 from torch.nn import Parameter
 
+# Writes the other values to the tensors that it is given, one a parameter.
+Writer = Callable[[List[Tensor]], Any]
 
-class MovedWeights:
+
+class SwappedWeights:
     """Gives parameters other values for a while, by changing the storage that they point at.
 
-    The weights themselves are never written: perturbed values live in a second set of buffers
-    (one copy of the trainable weights, kept between updates), and ``Parameter.data`` points
-    there while they are in force. So to restore is to point back: exact, without arithmetic or
+    The weights themselves are never written: other values live in a second set of buffers (one
+    copy of the trainable weights, kept between updates), and ``Parameter.data`` points there
+    while they are in force. So to restore is to point back: exact, without arithmetic or
     allocation, possible at any moment, harmless to repeat. A live autograd graph and whatever
     else holds the original storage (a checkpoint being written, an EMA) see the original
     weights.
     """
 
     def __init__(self) -> None:
-        self._buffers: List[Tensor] = []
+        self._buffers: Dict[Parameter, Tensor] = {}
         self._originals: List[Tensor] = []
         self._parameters: List[Parameter] = []
 
@@ -28,23 +31,37 @@ class MovedWeights:
         """Whether the parameters stand elsewhere now."""
         return bool(self._parameters)
 
-    def buffers(self, parameters: Sequence[Parameter]) -> List[Tensor]:
-        """Buffers to write the other values to, one a parameter, same shapes and dtypes."""
-        if len(self._buffers) != len(parameters) or any(
-            b.shape != p.shape or b.dtype != p.dtype or b.device != p.device
-            for b, p in zip(self._buffers, parameters)
-        ):
-            self._buffers = [p.data.clone() for p in parameters]
-        return self._buffers
+    def values(self, parameters: Sequence[Parameter]) -> List[Tensor]:
+        """The weights in the highest precision that they are kept in."""
+        return [p.data for p in parameters]
 
-    def move(self, parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
-        """Let ``parameters`` have ``values`` until `restore`.
+    def move(self, parameters: Sequence[Parameter], write: Writer) -> Any:
+        """Let ``parameters`` have the values that ``write`` writes, until `restore`.
+
+        Returns:
+            what ``write`` returns.
 
         Raises:
             RuntimeError: if they are moved already.
         """
         if self.moved:
             raise RuntimeError("the weights are perturbed already; restore them first")
+        buffers = [self._buffer(p) for p in parameters]
+        result = write(buffers)
+        self._point(parameters, buffers)
+        return result
+
+    def _buffer(self, p: Parameter) -> Tensor:
+        found = self._buffers.get(p)
+        if found is None or (found.shape, found.dtype, found.device) != (
+            p.shape,
+            p.dtype,
+            p.device,
+        ):
+            found = self._buffers[p] = p.data.clone()
+        return found
+
+    def _point(self, parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
         self._originals = [p.data for p in parameters]
         # From here on `restore` is right at any moment, also from a signal handler.
         self._parameters = list(parameters)
@@ -60,11 +77,59 @@ class MovedWeights:
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
         """The parameters' own values inside the block, what they had before after it."""
-        parameters: Optional[List[Parameter]] = self._parameters or None
-        values = [p.data for p in self._parameters]
+        parameters, values = self._parameters, [p.data for p in self._parameters]
         self.restore()
         try:
             yield
         finally:
-            if parameters is not None:
-                self.move(parameters, values)
+            if parameters:
+                self._point(parameters, values)
+
+
+class OverwrittenWeights:
+    """The same for half-precision weights that an optimizer keeps a float32 copy of.
+
+    Other values are written over the weights, which are restored by rounding the float32 copy
+    again, just as fairseq makes them from it after every step. No memory beside it.
+
+    Args:
+        masters: the float32 copy of every parameter, same shapes.
+    """
+
+    def __init__(self, masters: Dict[Parameter, Tensor]) -> None:
+        self._masters = masters
+        self._parameters: List[Parameter] = []
+
+    @property
+    def moved(self) -> bool:
+        """Whether the parameters stand elsewhere now."""
+        return bool(self._parameters)
+
+    def values(self, parameters: Sequence[Parameter]) -> List[Tensor]:
+        """The weights in the highest precision that they are kept in."""
+        return [self._masters[p].data for p in parameters]
+
+    def move(self, parameters: Sequence[Parameter], write: Writer) -> Any:
+        """See `SwappedWeights.move`."""
+        if self.moved:
+            raise RuntimeError("the weights are perturbed already; restore them first")
+        self._parameters = list(parameters)  # before the first write, for `restore`
+        return write([p.data for p in parameters])
+
+    def restore(self) -> None:
+        """Let the parameters have their own values again; does nothing when they do."""
+        for p in self._parameters:
+            p.data.copy_(self._masters[p].data)
+        self._parameters = []
+
+    @contextlib.contextmanager
+    def suspended(self) -> Iterator[None]:
+        """See `SwappedWeights.suspended`; copies the other values for the time of the block."""
+        parameters, values = self._parameters, [p.data.clone() for p in self._parameters]
+        self.restore()
+        try:
+            yield
+        finally:
+            self._parameters = parameters
+            for p, value in zip(parameters, values):
+                p.data.copy_(value)
