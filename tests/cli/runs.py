@@ -20,11 +20,13 @@ class Run(NamedTuple):
 
     Attributes:
         checkpoint: contents of checkpoint_last.pt; None if the run saved none.
+        messages: all that fairseq's progress bar logged, whatever the format.
         updates: what was logged for every update (--log-format json, --log-interval 1).
         save_dir: where its checkpoints are.
     """
 
     checkpoint: Optional[Dict[str, Any]]
+    messages: List[str]
     updates: List[Dict[str, str]]
     save_dir: Path
 
@@ -59,7 +61,8 @@ def train(data: Path, save_dir: Path, *more: str, criterion: str = "sentence_pre
     last = Path(save_dir) / "checkpoint_last.pt"
     return Run(
         load(last) if last.exists() else None,
-        [json.loads(m) for name, m in messages.found if name == "train_inner"],
+        [m for _, m in messages.found],
+        [json.loads(m) for name, m in messages.found if name == "train_inner" and m[:1] == "{"],
         Path(save_dir),
     )
 
