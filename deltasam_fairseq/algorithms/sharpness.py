@@ -10,7 +10,7 @@ Dynamic Reweighting", Eq. 2 (per-instance) and Eq. 3 to 6 (``g'``). To first ord
 are ``rho ||mean_j grad l_j||``, something below it, and ``rho mean_j ||grad l_j||``.
 """
 
-from typing import Callable, Iterable, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -18,27 +18,29 @@ from torch import Tensor
 from deltasam_fairseq.algorithms.reweighting import guardedness, guardedness_sums, reweight
 from deltasam_fairseq.algorithms.sam import sam_ascent_
 
+# Writes other weights into a list of tensors.
+Writer = Callable[[List[Tensor]], Any]
+
 
 class Landscape(NamedTuple):
     """The losses of the N sentences of one batch as a function of the weights.
 
     Attributes:
         weights: ``w``, one tensor a weight; no function of this module writes to them.
-        scratch: receives perturbed weights, same shapes as ``weights``.
-        losses: from weights, a list like ``weights``, to ``l_j``, shape (N,), without graph.
+        losses: ``l_j``, shape (N,), without graph: at ``w`` for None, else at the weights that
+            the argument writes into a list of tensors like ``weights``.
         gradient: from ``c``, shape (N,), to ``grad_w sum_j c_j l_j(w)``, a list like
             ``weights``.
     """
 
     weights: List[Tensor]
-    scratch: List[Tensor]
-    losses: Callable[[List[Tensor]], Tensor]
+    losses: Callable[[Optional[Writer]], Tensor]
     gradient: Callable[[Tensor], List[Tensor]]
 
 
 def clean_losses(landscape: Landscape) -> Tensor:
     """``l_j(w)``, shape (N,), float64: what is subtracted from them is close to them."""
-    return landscape.losses(landscape.weights).double()
+    return landscape.losses(None).double()
 
 
 def losses_at(landscape: Landscape, direction: Sequence[Tensor], radius: float) -> Tensor:
@@ -55,8 +57,11 @@ def losses_at(landscape: Landscape, direction: Sequence[Tensor], radius: float) 
         shape (N,), float64. A zero direction gives the losses at ``w``, one that is not finite
         NaN.
     """
-    sam_ascent_(landscape.scratch, landscape.weights, direction, radius)
-    return landscape.losses(landscape.scratch).double()
+
+    def write(out: List[Tensor]) -> None:
+        sam_ascent_(out, landscape.weights, direction, radius)
+
+    return landscape.losses(write).double()
 
 
 def mean_rise(
@@ -122,8 +127,7 @@ def per_instance_rises(sentences: Iterable[Landscape], rhos: Sequence[float]) ->
     ``1 + len(rhos)`` forward passes a sentence.
 
     Args:
-        sentences: N landscapes of one sentence each; taken one after the other, so that they
-            may share their scratch.
+        sentences: N landscapes of one sentence each, taken one after the other.
         rhos: R radii, L2 norm over all weights.
 
     Returns:

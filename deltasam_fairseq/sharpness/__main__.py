@@ -75,22 +75,29 @@ def _subsets(data: str) -> List[str]:
     return sorted(names)
 
 
+def _empty(args: argparse.Namespace) -> str:
+    return (
+        f"--valid-subset {args.valid_subset}: the split in {args.data} is empty; take another, "
+        "or binarize it again"
+    )
+
+
 def _dataset(args: argparse.Namespace, task: Any, cfg: Any) -> Any:
     subset = args.valid_subset
     try:
         task.load_dataset(subset, combine=False, epoch=1, task_cfg=cfg.task)
         dataset = task.dataset(subset)
+    except ValueError as e:
+        if "empty file" not in str(e):
+            raise
+        raise UsageError(_empty(args)) from e
     except (KeyError, OSError, AssertionError) as e:
         raise UsageError(
             f"--valid-subset {subset}: not found in {args.data} ({e}); there are "
             f"{', '.join(_subsets(args.data)) or 'none'}"
         ) from e
-    require(
-        len(dataset) > 0,
-        "valid-subset",
-        subset,
-        f"the split in {args.data} is empty; take another, or binarize it",
-    )
+    if not len(dataset):
+        raise UsageError(_empty(args))
     return dataset
 
 
@@ -136,15 +143,16 @@ def _samples(batches: Any, dataset: Any, device: torch.device) -> Iterator[Batch
 
 def _describe(args: argparse.Namespace, landscapes: ModelLandscapes) -> Dict[str, Any]:
     criterion = type(landscapes.criterion).__name__
-    note, unit_short = "", "nats per sentence"
-    unit = "nats per sentence (fairseq logs bits); a regression's in squared error"
+    note = ""
+    unit, unit_note = "nats per sentence", "fairseq logs bits; token losses are summed"
+    if getattr(landscapes.criterion, "regression_target", False):
+        unit, unit_note = "squared error per sentence", ""
     if not landscapes.per_sentence:
-        unit_short = "nats, loss / sample_size"
-        unit = "nats, the criterion's loss over its sample_size (fairseq logs bits)"
+        unit, unit_note = "the criterion's loss / sample_size", "nats where fairseq logs bits"
         note = (
-            f"Only per-batch sharpness: criterion {criterion} gives no per-sentence losses. For "
-            "the reweighted and the per-instance figure give it a method "
-            "per_sentence_losses(model, sample) (see docs/sharpness.md)."
+            f"Only per-batch sharpness: criterion {criterion} gives no per-sentence losses. The "
+            "reweighted and the per-instance figure need a method per_sentence_losses(model, "
+            "sample) of the criterion (docs/sharpness.md)."
         )
     return {
         "checkpoint": args.path,
@@ -152,7 +160,7 @@ def _describe(args: argparse.Namespace, landscapes: ModelLandscapes) -> Dict[str
         "subset": args.valid_subset,
         "criterion": criterion,
         "unit": unit,
-        "unit_short": unit_short,
+        "unit_note": unit_note,
         "mode": "eval",
         "seed": args.seed,
         "batch_size": args.batch_size,

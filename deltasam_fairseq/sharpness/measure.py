@@ -12,6 +12,7 @@ from torch import Tensor
 from deltasam_fairseq.algorithms import draw_direction_, probe_generator
 from deltasam_fairseq.algorithms.sharpness import (
     Landscape,
+    Writer,
     clean_losses,
     cosine,
     delta_sam_direction,
@@ -21,7 +22,8 @@ from deltasam_fairseq.algorithms.sharpness import (
     sam_direction,
 )
 from deltasam_fairseq.criterions import has_per_sentence_losses, per_sentence_losses
-from deltasam_fairseq.optim.weights import MovedWeights
+from deltasam_fairseq.optim.weights import SwappedWeights
+from deltasam_fairseq.sharpness.options import UsageError
 
 Sample = Dict[str, Any]
 
@@ -34,7 +36,7 @@ class ModelLandscapes:
     """Makes a `Landscape` of a batch: model and criterion in eval mode, losses in nats.
 
     The weights are those that an optimizer of this package perturbs: all trainable ones of
-    model and criterion. They are never written to, see `MovedWeights`. Every forward starts
+    model and criterion. They are never written to, see `SwappedWeights`. Every forward starts
     from the same random state, for criterions that draw noise.
 
     Args:
@@ -56,7 +58,7 @@ class ModelLandscapes:
         self.parameters = [
             p for module in (model, criterion) for p in module.parameters() if p.requires_grad
         ]
-        self._moved = MovedWeights()
+        self._moved = SwappedWeights()
         self._seed = seed
 
     def direction(self) -> List[Tensor]:
@@ -69,8 +71,7 @@ class ModelLandscapes:
         Without per-sentence losses it has one entry: the batch's loss over its sample_size.
         """
         return Landscape(
-            weights=[p.data for p in self.parameters],
-            scratch=self._moved.buffers(self.parameters),
+            weights=self._moved.values(self.parameters),
             losses=partial(self._losses_at, sample),
             gradient=partial(self._gradient, sample),
         )
@@ -84,9 +85,10 @@ class ModelLandscapes:
         loss, sample_size, _ = self.criterion(self.model, sample)
         return (loss / sample_size).reshape(1)
 
-    def _losses_at(self, sample: Sample, values: List[Tensor]) -> Tensor:
-        self._moved.move(self.parameters, values)
+    def _losses_at(self, sample: Sample, write: Optional[Writer]) -> Tensor:
         try:
+            if write is not None:
+                self._moved.move(self.parameters, write)
             with torch.no_grad():
                 return self._forward(sample)
         finally:
@@ -182,7 +184,7 @@ def measure(
         an iterator over the figures, one a batch.
 
     Raises:
-        ValueError: if per-instance sharpness makes no sense for the criterion.
+        UsageError: if per-instance sharpness makes no sense for the criterion.
     """
     spare = landscapes.direction()
     for batch in batches:
@@ -241,7 +243,7 @@ def _checked(
         landscape = landscapes.of(sample)
         alone = clean_losses(landscape).sum().item()
         if abs(alone - in_batch) > _ALONE_TOLERANCE * max(abs(in_batch), 1.0):
-            raise ValueError(
+            raise UsageError(
                 f"--per-instance: with criterion {type(landscapes.criterion).__name__} a sentence "
                 f"has loss {in_batch:g} in its batch and {alone:g} alone, so its loss depends on "
                 "the others and has no sharpness of its own; drop --per-instance"

@@ -128,10 +128,11 @@ def as_table(report: Report) -> str:
             head.append("of per-inst.")
             columns.append([f"{x:.3f}" for x in share.tolist()])
     widths = [max(map(len, [h, *c])) for h, c in zip(head, columns)]
+    note = about["unit_note"] and f" ({about['unit_note']})"
     lines = [
         f"{about['checkpoint']} on {about['subset']} of {about['data']}",
         f"{sentences} sentences in {len(report.batches)} batches; eval mode (no dropout), float32",
-        f"losses in {about['unit']}; +- is the standard error over batches",
+        f"losses in {about['unit']}{note}; +- is the standard error over batches",
         f"clean loss {cell(loss, (), '.6g')}",
         "",
         "  ".join(h.ljust(w) for h, w in zip(head, widths)).rstrip(),
@@ -169,7 +170,7 @@ def plot(report: Report, path: str) -> None:
         label = "rho = " + ", ".join(f"{r:g}" for r in report.rhos) if i == 0 else None
         axes.axvline(rho, color="0.75", linestyle=":", linewidth=1.0, label=label, zorder=1)
     axes.set_xlabel("distance from the weights (L2 norm in weight space)")
-    axes.set_ylabel(f"mean loss ({report.about['unit_short']})")
+    axes.set_ylabel(f"mean loss ({report.about['unit']})")
     sentences = sum(batch.sentences for batch in report.batches)
     axes.set_title(
         f"{report.about['checkpoint']}\n{report.about['subset']}, {sentences} sentences", fontsize=9
