@@ -5,6 +5,7 @@ As fairseq is, without a mend (all seen by running it):
 - torchrun on nodes of one GPU or none, no --distributed-world-size given: every process takes
   itself for the only one and trains alone, in the same save directory, with exit code 0;
 - torchrun on CPUs: ZeroDivisionError, ``rank % torch.cuda.device_count()``;
+- srun on CPUs: RuntimeError, every task but the first sets its CUDA device;
 - fairseq's own spawning on CPUs: an assertion, or nothing is trained and the exit code is 0;
 - pytorch_ddp on CPUs: ValueError, it names a device for modules that have none.
 """
@@ -33,14 +34,24 @@ def world_size_of_torchrun(world_size: int) -> int:
     return world_size
 
 
+def _processes_of_this_node(world_size: int) -> int:
+    """The number of GPUs that fairseq has to count on a node of CPUs."""
+    if all(name in os.environ for name in _TORCHRUN):
+        return 1
+    if "SLURM_STEP_NODELIST" in os.environ or "SLURM_JOB_NODELIST" in os.environ:
+        return world_size // int(os.environ.get("SLURM_NNODES", 1))
+    return world_size
+
+
 @contextlib.contextmanager
-def _device_count(n: int) -> Iterator[None]:
-    original = torch.cuda.device_count
+def _seeming_gpus(n: int) -> Iterator[None]:
+    count, set_device = torch.cuda.device_count, torch.cuda.set_device
     torch.cuda.device_count = lambda: n
+    torch.cuda.set_device = lambda device: None
     try:
         yield
     finally:
-        torch.cuda.device_count = original
+        torch.cuda.device_count, torch.cuda.set_device = count, set_device
 
 
 def _on_cpus(call_main: Any) -> Any:
@@ -53,8 +64,7 @@ def _on_cpus(call_main: Any) -> Any:
             return call_main(cfg, main, **kwargs)
         if distributed.distributed_backend == "nccl":
             distributed.distributed_backend = "gloo"
-        started_already = all(name in os.environ for name in _TORCHRUN)
-        with _device_count(1 if started_already else distributed.distributed_world_size):
+        with _seeming_gpus(_processes_of_this_node(distributed.distributed_world_size)):
             return call_main(cfg, main, **kwargs)
 
     wrapper._deltasam = True  # type: ignore[attr-defined]
