@@ -12,7 +12,7 @@ VOCABULARY = 2000  # sentencepiece pieces
 SMALL_ROBERTA = [
     *("--arch", "roberta_base", "--max-positions", "256"),
     *("--encoder-layers", "2", "--encoder-embed-dim", "64", "--encoder-ffn-embed-dim", "256"),
-    *("--encoder-attention-heads", "4"),
+    *("--encoder-attention-heads", "8"),
 ]
 ADAM = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06"]
 
@@ -20,7 +20,7 @@ ADAM = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06"]
 # thousand or two updates.
 PRETRAINING = [
     *("--task", "masked_lm", "--criterion", "masked_lm", "--mask-prob", "0.3"),
-    *("--sample-break-mode", "complete", "--tokens-per-sample", "32", "--max-tokens", "1024"),
+    *("--sample-break-mode", "complete", "--tokens-per-sample", "24", "--max-tokens", "1024"),
     *SMALL_ROBERTA,
     *("--dropout", "0", "--attention-dropout", "0"),
     *("--optimizer", "adam", *ADAM, "--weight-decay", "0.01", "--clip-norm", "1"),
@@ -43,7 +43,7 @@ class Recipe(NamedTuple):
     warmup: float = 0.06  # share of all updates
 
 
-SMALL_RECIPE = Recipe(lr=2e-3, batch_size=32, epochs=4, weight_decay=0.01, rho=0.05, beta=3)
+SMALL_RECIPE = Recipe(lr=1e-3, batch_size=32, epochs=4, weight_decay=0.01, rho=0.05, beta=3)
 
 # fairseq's hyperparameters for RoBERTa large on GLUE; rho and beta of the delta-SAM paper.
 RECIPES: Dict[str, Recipe] = {

@@ -98,7 +98,9 @@ def run(stage: Stage, position: str, cores: int) -> None:
     command = [part.replace("{out}", str(partial)) for part in stage.command]
     begin = time.monotonic()
     with log.open("ab") as output:
-        environment = {**os.environ, "OMP_NUM_THREADS": str(cores), "PYTHONHASHSEED": "0"}
+        # Threads that wait asleep: a busy machine would stall ones that wait awake.
+        threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
+        environment = {**os.environ, **threads, "PYTHONHASHSEED": "0"}
         process = subprocess.Popen(
             command, stdout=output, stderr=subprocess.STDOUT, env=environment
         )
