@@ -54,6 +54,9 @@ else
     say "installing $TORCH"
     pip_install --constraint "$PINS" "$TORCH"
 fi
+if [ "$PINS" = requirements/py38.txt ]; then
+    pip_install "pip<24.1" # later ones refuse the metadata of omegaconf 2.0.6
+fi
 say "installing what $PINS lists"
 pip_install --requirement "$PINS"
 
@@ -64,7 +67,6 @@ if [ "$PINS" = requirements/py311.txt ]; then
     pip_install --no-build-isolation --no-deps "$FAIRSEQ"
 else
     # Isolated: 0.12.2 does not build otherwise.  The pins hold inside the isolated build too.
-    pip_install "pip<24.1" # later ones refuse the metadata of omegaconf 2.0.6
     PIP_CONSTRAINT="$PWD/$PINS" pip_install --no-deps "$FAIRSEQ"
 fi
 pip_install --no-build-isolation --no-deps --editable .

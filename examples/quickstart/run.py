@@ -256,7 +256,8 @@ def fine_tuning_stages(
             stages.append(
                 Stage(f"fine-tune {name}", command, out, inputs, seconds.get(optimizer, 0))
             )
-            stages.append(sharpness_stage(name, out, data, recipe))
+            if "--no-save" not in extra:
+                stages.append(sharpness_stage(name, out, data, recipe))
     return stages
 
 
