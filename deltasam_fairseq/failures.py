@@ -135,10 +135,10 @@ def _explained(train: Any) -> Any:
     return wrapper
 
 
-def explain_lost_ranks(program: Dict[str, Any]) -> None:
-    """Wrap ``train`` among the names that fairseq's training program looks up, once."""
-    if not hasattr(program["train"], "_deltasam"):
-        program["train"] = _explained(program["train"])
+def explain_lost_ranks(program: Any) -> None:
+    """Wrap ``train`` of something that holds fairseq's training program, once."""
+    if not hasattr(program.train, "_deltasam"):
+        program.train = _explained(program.train)
 
 
 def install() -> None:
