@@ -231,21 +231,22 @@ def _per_instance(
     landscapes: ModelLandscapes, batch: Batch, clean: Tensor, rhos: Sequence[float]
 ) -> Tensor:
     """Mean over a batch's sentences of `per_instance_rises`, shape (R,), on the CPU."""
-    sentences = _checked(landscapes, batch, clean.tolist())
-    return per_instance_rises(sentences, rhos).mean(dim=0).cpu()
-
-
-def _checked(
-    landscapes: ModelLandscapes, batch: Batch, clean: Sequence[float]
-) -> Iterator[Landscape]:
-    """Landscapes of the sentences alone; each must have the loss that it has in its batch."""
-    for sample, in_batch in zip(batch.alone(), clean):
-        landscape = landscapes.of(sample)
-        alone = clean_losses(landscape).sum().item()
-        if abs(alone - in_batch) > _ALONE_TOLERANCE * max(abs(in_batch), 1.0):
+    alone: List[float] = []
+    rises = per_instance_rises(_alone(landscapes, batch, alone), rhos)
+    # Sorted: some data sets order the sentences of a batch by length.
+    for in_batch, by_itself in zip(sorted(clean.tolist()), sorted(alone)):
+        if abs(by_itself - in_batch) > _ALONE_TOLERANCE * max(abs(in_batch), 1.0):
             raise UsageError(
                 f"--per-instance: with criterion {type(landscapes.criterion).__name__} a sentence "
-                f"has loss {in_batch:g} in its batch and {alone:g} alone, so its loss depends on "
-                "the others and has no sharpness of its own; drop --per-instance"
+                f"has loss {in_batch:g} in its batch and {by_itself:g} alone, so its loss depends "
+                "on the others and has no sharpness of its own; drop --per-instance"
             )
+    return rises.mean(dim=0).cpu()
+
+
+def _alone(landscapes: ModelLandscapes, batch: Batch, losses: List[float]) -> Iterator[Landscape]:
+    """Landscapes of the sentences alone; appends their clean losses to ``losses``."""
+    for sample in batch.alone():
+        landscape = landscapes.of(sample)
+        losses.append(clean_losses(landscape).sum().item())
         yield landscape

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from deltasam_fairseq.algorithms.sharpness import mean_over_batches
-from deltasam_fairseq.sharpness.measure import Sharpness
+from deltasam_fairseq.sharpness.landscapes import Sharpness
 
 
 class Report(NamedTuple):
