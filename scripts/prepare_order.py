@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
-from typing import List, Sequence
+from typing import List, Sequence, Set
 
 
 def disturb(sentence: str, swaps: int, rng: random.Random) -> str:
@@ -19,7 +19,7 @@ def disturb(sentence: str, swaps: int, rng: random.Random) -> str:
     words = sentence[:-1].split()
     places = [i for i in range(1, len(words) - 1) if words[i].lower() != words[i + 1].lower()]
     rng.shuffle(places)
-    taken = set()
+    taken: Set[int] = set()
     for i in places:
         if swaps and not {i, i + 1} & taken:
             words[i], words[i + 1] = words[i + 1], words[i]
