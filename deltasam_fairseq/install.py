@@ -5,8 +5,7 @@ import functools
 import importlib.util
 import re
 import sys
-from types import ModuleType
-from typing import Any, Callable, List
+from typing import Any, Callable, Dict, List
 
 import fairseq.trainer
 from fairseq import options
@@ -17,16 +16,25 @@ from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 
 
-def _training_programs() -> List[ModuleType]:
-    """All modules that hold fairseq's training program.
+class _Names:
+    """The global names of a program, as attributes that can be set."""
+
+    def __init__(self, names: Dict[str, Any]) -> None:
+        self.__dict__ = names
+
+
+def _training_programs() -> List[Any]:
+    """The names of fairseq's training program, wherever it was loaded.
 
     ``python -m fairseq_cli.train`` and ``torchrun -m`` run it as ``__main__``, and a process
-    spawned from there as ``__mp_main__``, each with names of its own.
+    spawned from there as ``__mp_main__``, each with names of its own. The latter stands in
+    ``sys.modules`` as a copy: what its functions look up is in their globals.
     """
     import fairseq_cli.train
 
     own = (sys.modules.get(name) for name in ("__main__", "__mp_main__"))
-    return [fairseq_cli.train] + [m for m in own if m and hasattr(m, "validate_and_save")]
+    programs = [fairseq_cli.train] + [m for m in own if m and hasattr(m, "validate_and_save")]
+    return [_Names(program.main.__globals__) for program in programs]
 
 
 def _checked_defaults(add_defaults: Any) -> Any:
