@@ -56,7 +56,7 @@ def load(args: argparse.Namespace) -> Tuple[Any, Any, Any, Any]:
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(args.path, _overrides(args))
     except (CheckpointDamagedError, CheckpointRefusedError) as e:
-        raise UsageError(f"--path {args.path}: {e}") from e
+        raise UsageError(f"--path: {e}") from e  # names the file itself
     criterion_state = state.get("criterion")
     models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([args.path], state=state)
     criterion = task.build_criterion(cfg.criterion)
