@@ -129,7 +129,7 @@ class SharpnessAwareTrainer(Trainer):
             if utils.has_parameters(self.criterion):
                 self._reduce_criterion_grads(sam)
             scale /= self.data_parallel_world_size  # what reduces gradients averages them
-        ascent = sam.ascend(self._trainable(), self.cfg.common.seed, self.get_num_updates())
+        ascent = sam.ascend(self._trainable(), *self._draw())
         log.ascent_gnorm = ascent.norm / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
         return log
@@ -197,17 +197,16 @@ class SharpnessAwareTrainer(Trainer):
         log: UpdateLog,
     ) -> Reweighting:
         """Probe (Eq. 3), then the weights of this rank's sentences in the global batch."""
-        radius = sam.probe(self._trainable(), self.cfg.common.seed, self.get_num_updates())
-        try:
-            probed = self._losses(samples, replay)
-        finally:
-            sam.weights.restore()
-        a = torch.cat(
-            [
-                guardedness(c, p)[: 0 if is_dummy else None]
-                for c, p, (_, is_dummy) in zip(clean, probed, samples)
-            ]
-        )
+        a = [torch.zeros_like(losses, dtype=torch.float64) for losses in clean]
+        for sign in sam.probe_signs:
+            radius = sam.probe(self._trainable(), *self._draw(), sign)
+            try:
+                probed = self._losses(samples, replay)
+            finally:
+                sam.weights.restore()
+            for total, c, p in zip(a, clean, probed):
+                total += sign * guardedness(c, p) / len(sam.probe_signs)
+        a = torch.cat([x[: 0 if is_dummy else None] for x, (_, is_dummy) in zip(a, samples)])
         a *= sam.rho / radius
         sums = guardedness_sums(a)
         if self._reduces(sam):
@@ -281,6 +280,10 @@ class SharpnessAwareTrainer(Trainer):
         """The weights that are perturbed: all that the optimizer trains, the criterion's too."""
         modules = (self.get_model(), self.get_criterion())
         return [p for module in modules for p in module.parameters() if p.requires_grad]
+
+    def _draw(self) -> Tuple[int, int]:
+        """What the random numbers of an update depend on."""
+        return self.cfg.common.seed, self.get_num_updates()
 
     def _loads_data_in_a_thread(self) -> bool:
         dataset = self.cfg.dataset

@@ -1,7 +1,7 @@
 """The optimizer wrapper: perturbs the model's weights and restores them before the base steps."""
 
 import functools
-from typing import Any, Dict, List, Optional, Sequence, Type, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from fairseq.optim import FairseqOptimizer
@@ -102,8 +102,19 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Whether the update after ``update`` updates perturbs the weights."""
         return self.rho > 0 and update >= self.start_update
 
-    def probe(self, params: Sequence[Parameter], seed: int, update: int) -> Tensor:
-        """Move the weights to ``w + R u / ||u||``, ``u ~ N(0, I)`` (Eq. 3).
+    @property
+    def probe_signs(self) -> Tuple[float, ...]:
+        """Where to probe: ahead, and in bfloat16 also behind.
+
+        In bfloat16 no radius makes both rounding and curvature small enough; the central
+        difference has no error from the curvature, for one more forward without graph.
+        """
+        return (1.0, -1.0) if self.half_dtype == torch.bfloat16 else (1.0,)
+
+    def probe(
+        self, params: Sequence[Parameter], seed: int, update: int, sign: float = 1.0
+    ) -> Tensor:
+        """Move the weights to ``w + sign R u / ||u||``, ``u ~ N(0, I)`` (Eq. 3).
 
         R is rho where the forward computes in float32 or better. In half precision such a
         probe would be rounded away, and R is one that the weights resolve, see
@@ -112,6 +123,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Args:
             params: all trainable weights, in the same order on every process.
             seed, update: what the draw depends on, see `probe_generator`.
+            sign: see `probe_signs`.
 
         Returns:
             R, 0-dim float64.
@@ -129,13 +141,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
         def write(out: List[Tensor]) -> None:
             if out[0].element_size() >= 4:
-                move_along_(out, values, out, radius / draw_direction_(out, generator))
+                move_along_(out, values, out, sign * radius / draw_direction_(out, generator))
                 return
             # Half precision cannot hold u itself. It is drawn a weight at a time, and its norm
             # is that of d standard normal numbers, sqrt(d) but for a share of 1 / sqrt(2 d).
             d = sum(v.numel() for v in out)
             u = (torch.empty_like(v, dtype=torch.float32).normal_(generator=generator) for v in out)
-            move_along_(out, values, u, radius / d**0.5)
+            move_along_(out, values, u, sign * radius / d**0.5)
 
         self.weights.move(params, write)
         return radius

@@ -82,5 +82,5 @@ def test_ascent_below_half_a_unit_survives(dtype):
 def test_radius_by_hand():
     """||(3, 4)|| = 5; bfloat16 rounds to 2^-8, float16 to 2^-11."""
     w = [torch.tensor([3.0]), torch.tensor([4.0])]
-    assert resolvable_radius(w, torch.bfloat16) == pytest.approx(5 / 16)
-    assert resolvable_radius(w, torch.float16) == pytest.approx(5 * 2**-5.5)
+    assert resolvable_radius(w, torch.bfloat16) == pytest.approx(0.5 * 5 / 16)
+    assert resolvable_radius(w, torch.float16) == pytest.approx(0.5 * 5 * 2**-5.5)
