@@ -1,0 +1,163 @@
+"""Every way to start fairseq's training really trains with SAM; and no other way trains without.
+
+All programs run from another working directory, with the plugin reached by --user-dir alone: the
+path that ``python -m deltasam_fairseq`` prints. They are started together, two at a time.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fairseq.trainer
+import fairseq_cli.train
+import pytest
+import runs
+import tiny
+
+import deltasam_fairseq
+
+PYTHON = [sys.executable, "-m"]
+TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]
+SAM = ["--optimizer", "sam_adam"]
+DELTA_SAM = ["--optimizer", "delta_sam_adam"]
+
+YAML = """\
+# @package _global_
+common: {{cpu: true, user_dir: {user_dir}, log_format: json, log_interval: 1, seed: 3}}
+checkpoint: {{save_dir: {save_dir}, no_epoch_checkpoints: true}}
+task: {{_name: sentence_prediction, data: {data}, num_classes: 2, init_token: 0}}
+dataset: {{batch_size: 8, num_workers: 0, disable_validation: true}}
+criterion: sentence_prediction
+optimization: {{max_update: 2, lr: [0.001]}}
+lr_scheduler: fixed
+optimizer: {{_name: {optimizer}, sam_rho: 0.1}}
+model:
+  _name: roberta
+  encoder_layers: 1
+  encoder_embed_dim: 16
+  encoder_ffn_embed_dim: 32
+  encoder_attention_heads: 2
+  max_positions: 64
+"""
+
+
+def script(name):
+    """A program that pip installed beside this Python, or on the PATH."""
+    return shutil.which(name, path=os.path.dirname(sys.executable)) or shutil.which(name)
+
+
+def without_pythonpath():
+    return {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+
+
+@pytest.fixture(scope="module")
+def user_dir(tmp_path_factory):
+    """What $(python -m deltasam_fairseq) is in a shell: stdout, and nothing but the path."""
+    parent = str(Path(deltasam_fairseq.__file__).parent.parent)
+    result = subprocess.run(
+        [*PYTHON, "deltasam_fairseq"],
+        stdout=subprocess.PIPE,
+        check=True,
+        universal_newlines=True,
+        env={**os.environ, "PYTHONPATH": parent, "LOGLEVEL": "DEBUG"},
+        cwd=tmp_path_factory.mktemp("elsewhere"),
+    )
+    return result.stdout[:-1]
+
+
+def start(program, argv, folder):
+    elsewhere = folder / "working directory"
+    elsewhere.mkdir(parents=True)
+    return subprocess.run(
+        [*program, *map(str, argv)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        env={**without_pythonpath(), "OMP_NUM_THREADS": "1"},
+        cwd=elsewhere,
+        timeout=180,
+    )
+
+
+@pytest.fixture(scope="module")
+def programs(classification, tmp_path_factory, user_dir):
+    """name -> a future with the finished process."""
+    root = tmp_path_factory.mktemp("programs")
+
+    def command_line(name, *more):
+        argv = tiny.arguments(classification, root / name / "run", *runs.SHORT, *more)
+        return [*argv, "--max-update", "2", "--user-dir", user_dir]
+
+    def hydra(name, optimizer):
+        config = root / name / "config"
+        config.mkdir(parents=True)
+        values = {"user_dir": user_dir, "save_dir": root / name / "run", "data": classification}
+        (config / "tiny.yaml").write_text(YAML.format(optimizer=optimizer, **values))
+        return ["--config-dir", config, "--config-name", "tiny"]
+
+    two = ["--distributed-world-size", "2", "--ddp-backend", "legacy_ddp"]
+    cases = {
+        "spawned": ([*PYTHON, "fairseq_cli.train"], command_line("spawned", *two, *DELTA_SAM)),
+        "fairseq-train": ([script("fairseq-train")], command_line("fairseq-train", *SAM)),
+        "module": ([*PYTHON, "fairseq_cli.train"], command_line("module", *DELTA_SAM)),
+        "torchrun": ([*TORCHRUN, "-m", "fairseq_cli.train"], command_line("torchrun", *DELTA_SAM)),
+        "hydra": ([script("fairseq-hydra-train")], hydra("hydra", "delta_sam_adam")),
+        "hydra with a legacy base": (
+            [*PYTHON, "fairseq_cli.hydra_train"],
+            hydra("hydra with a legacy base", "delta_sam_adafactor"),
+        ),
+    }
+    with ThreadPoolExecutor(2) as pool:
+        yield {
+            name: pool.submit(start, program, argv, root / name)
+            for name, (program, argv) in cases.items()
+        }
+
+
+TRAINS = ["spawned", "fairseq-train", "module", "torchrun", "hydra", "hydra with a legacy base"]
+
+
+@pytest.mark.parametrize("name", TRAINS)
+def test_trains_with_sam(programs, name):
+    result = programs[name].result()
+    assert result.returncode == 0, result.stdout[-3000:]
+    updates = [log for log in runs.json_lines(result.stdout) if "num_updates" in log]
+    assert [log["num_updates"] for log in updates[:2]] == ["1", "2"]
+    assert all(float(log["sharpness"]) > 0 for log in updates[:2])
+
+
+def test_spawned_processes_are_one_run(programs):
+    """Two ranks, and every update logged once."""
+    result = programs["spawned"].result()
+    updates = [log for log in runs.json_lines(result.stdout) if "ups" in log]
+    assert [log["num_updates"] for log in updates] == ["1", "2"]
+    assert "'distributed_world_size': 2" in result.stdout
+
+
+def test_the_path_is_that_of_the_package(user_dir):
+    assert user_dir == str(Path(deltasam_fairseq.__file__).parent)
+
+
+@pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam", "delta_sam_adafactor"])
+def test_fairseqs_own_trainer_refuses_to_step(classification, tmp_path, monkeypatch, optimizer):
+    """The seam not in place: an error with a remedy, and no weight has moved."""
+    monkeypatch.setattr(fairseq_cli.train, "Trainer", fairseq.trainer.Trainer)
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", optimizer)
+    trainer = tiny.build_trainer(argv)
+    assert type(trainer) is fairseq.trainer.Trainer
+    before = tiny.weights(trainer)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=f"--optimizer {optimizer}.*SharpnessAwareTrainer"):
+            trainer.train_step(tiny.batches(trainer)[:1])
+    assert all((a == b).all() for a, b in zip(before, tiny.weights(trainer)))
+
+
+def test_install_twice_is_install_once():
+    names = ("Trainer", "add_defaults")
+    before = [getattr(fairseq_cli.train, name) for name in names]
+    deltasam_fairseq.install()
+    assert [getattr(fairseq_cli.train, name) for name in names] == before
+    assert fairseq_cli.train.Trainer is deltasam_fairseq.SharpnessAwareTrainer
