@@ -197,17 +197,17 @@ class SharpnessAwareTrainer(Trainer):
         log: UpdateLog,
     ) -> Reweighting:
         """Probe (Eq. 3), then the weights of this rank's sentences in the global batch."""
-        a = [torch.zeros_like(losses, dtype=torch.float64) for losses in clean]
+        rises = [torch.zeros_like(losses, dtype=torch.float64) for losses in clean]
         for sign in sam.probe_signs:
             radius = sam.probe(self._trainable(), *self._draw(), sign)
             try:
                 probed = self._losses(samples, replay)
             finally:
                 sam.weights.restore()
-            for total, c, p in zip(a, clean, probed):
-                total += sign * guardedness(c, p) / len(sam.probe_signs)
-        a = torch.cat([x[: 0 if is_dummy else None] for x, (_, is_dummy) in zip(a, samples)])
-        a *= sam.rho / radius
+            for rise, c, p in zip(rises, clean, probed):
+                rise += sign * guardedness(c, p) / len(sam.probe_signs)
+        real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
+        a = torch.cat(real) * (sam.rho / radius)
         sums = guardedness_sums(a)
         if self._reduces(sam):
             distributed_utils.all_reduce(sums, group=self.data_parallel_process_group)

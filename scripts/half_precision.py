@@ -91,9 +91,10 @@ class Model:
 
     def guardedness(self, rho: float, radius: Any, draw: int) -> Any:
         sam = self.sam(rho, radius)
-        total, signs = 0, sam.probe_signs if radius is None else (1.0,)
+        signs = sam.probe_signs if radius is None else (1.0,)
         with torch.no_grad():
             clean = self.losses()
+            total = torch.zeros_like(clean, dtype=torch.float64)
             for sign in signs:
                 used = sam.probe(self.params, SEED, draw, sign)
                 total = total + sign * guardedness(clean, self.losses()) / len(signs)

@@ -165,8 +165,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Returns:
             an `Ascent`, its norm in the units of the gradients that were found.
         """
-        climbing = [p for p in params if p.grad is not None]
-        grads = [p.grad.to_dense() if p.grad.is_sparse else p.grad for p in climbing]
+        found = [(p, p.grad) for p in params if p.grad is not None]
+        climbing = [p for p, _ in found]
+        grads = [g.to_dense() if g.is_sparse else g for _, g in found]
         values = self.weights.values(climbing)
         rounding = None
         if self.half_dtype is not None:
