@@ -1,0 +1,221 @@
+"""Half precision in fairseq's trainer, as far as a CPU can run it; CUDA where there is one."""
+
+import json
+import sys
+from argparse import Namespace
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from fairseq import checkpoint_utils
+
+from deltasam_fairseq.optim import masters_of, sharpness_aware
+from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
+
+ROOT = Path(__file__).parent.parent
+REGRESSION = Path(__file__).parent / "regression"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+MODES = {
+    "fp16": ["--fp16", "--fp16-no-flatten-grads"],
+    "bf16": ["--bf16"],
+    "memory-efficient-fp16": ["--memory-efficient-fp16"],
+    "memory-efficient-bf16": ["--memory-efficient-bf16"],
+}
+OPTIMIZERS = ["sam_adam", "delta_sam_adam"]
+everywhere = pytest.mark.parametrize("optimizer", OPTIMIZERS)
+in_all_modes = pytest.mark.parametrize("mode", list(MODES))
+
+
+def build(data, tmp_path, optimizer, mode, *more):
+    argv = tiny.arguments(data, tmp_path, "--optimizer", optimizer, "--dropout", "0.1")
+    return tiny.build_trainer([*argv, *MODES[mode], *more])
+
+
+def equal(some, others):
+    return all(torch.equal(a, b) for a, b in zip(some, others))
+
+
+@in_all_modes
+@everywhere
+def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode):
+    trainer = build(classification, tmp_path, optimizer, mode, "--lr", "0")
+    before, seen = tiny.weights(trainer), []
+    trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(tiny.weights(trainer)))
+    for sample in tiny.batches(trainer):
+        trainer.train_step([sample])
+    assert before[0].dtype in (torch.float16, torch.bfloat16)
+    assert any(not equal(weights, before) for weights in seen)
+    assert equal(tiny.weights(trainer), before)
+
+
+@in_all_modes
+@everywhere
+def test_no_second_copy_where_there_are_float32_masters(
+    classification, tmp_path, optimizer, mode
+):
+    trainer = build(classification, tmp_path, optimizer, mode)
+    weights = sharpness_aware(trainer.optimizer).weights
+    assert isinstance(weights, SwappedWeights if "memory" in mode else OverwrittenWeights)
+    trainer.train_step(tiny.batches(trainer)[:1])
+    if isinstance(weights, OverwrittenWeights):
+        for p, master in zip(trainer._trainable(), weights.values(trainer._trainable())):
+            assert torch.equal(p, master.to(p.dtype)) and master.dtype == torch.float32
+
+
+@in_all_modes
+@everywhere
+def test_resumed_is_uninterrupted_bitwise(classification, tmp_path, optimizer, mode):
+    """Masters, optimizer state and the loss scaler's counters, which let the scale grow at the
+    same update: with a window of 2 it grows between the checkpoint and the end."""
+    more = ["--fp16-scale-window", "2"] if "fp16" in mode else []
+
+    def trainer_and_samples():
+        trainer = build(classification, tmp_path, optimizer, mode, *more)
+        return trainer, tiny.batches(trainer) * 2
+
+    whole, samples = trainer_and_samples()
+    for i, sample in enumerate(samples):
+        if i == 3:
+            whole.consolidate_optimizer()
+            state = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 3, "shuffle": True}}
+            whole.save_checkpoint(str(tmp_path / "middle.pt"), state)
+        whole.train_step([sample])
+    resumed, samples = trainer_and_samples()
+    resumed.load_checkpoint(str(tmp_path / "middle.pt"))
+    assert resumed.get_num_updates() == 3
+    for sample in samples[3:]:
+        resumed.train_step([sample])
+    assert equal(tiny.weights(whole), tiny.weights(resumed))
+    stepped = [t.optimizer.optimizer.param_groups[0]["params"] for t in (whole, resumed)]
+    assert equal(*stepped)
+    if "fp16" in mode:
+        assert vars(whole.optimizer.scaler) == vars(resumed.optimizer.scaler)
+        assert whole.optimizer.scaler.loss_scale > 128
+
+
+def spoil_gradient_at(trainer, call):
+    """Make the gradient of the call'th backward infinite: 1 is the ascent, 2 the descent."""
+    original, calls = trainer.task.train_step, []
+
+    def train_step(*args, **kwargs):
+        result = original(*args, **kwargs)
+        calls.append(1)
+        if len(calls) == call:
+            next(p for p in trainer._trainable() if p.grad is not None).grad.fill_(float("inf"))
+        return result
+
+    trainer.task.train_step = train_step
+
+
+@pytest.mark.parametrize("mode", ["fp16", "memory-efficient-fp16"])
+@pytest.mark.parametrize("where, call", [("ascent", 1), ("descent", 2)])
+def test_overflow_skips_the_update_once(classification, tmp_path, mode, where, call):
+    """The scale is halved once, w is untouched, the next update is made; counted where it was."""
+    from fairseq.logging import metrics
+
+    trainer = build(classification, tmp_path, "sam_adam", mode)
+    samples, before = tiny.batches(trainer), tiny.weights(trainer)
+    spoil_gradient_at(trainer, call)
+    with metrics.aggregate() as agg:
+        assert trainer.train_step(samples[:1]) is None
+        assert equal(tiny.weights(trainer), before) and trainer.get_num_updates() == 0
+        assert trainer.optimizer.scaler.loss_scale == 64
+        assert trainer.train_step(samples[:1]) is not None
+    assert trainer.optimizer.scaler.loss_scale == 64 and trainer.get_num_updates() == 1
+    assert agg[f"sam_overflows_{where}"].sum == 1
+    assert f"sam_overflows_{'descent' if where == 'ascent' else 'ascent'}" not in agg
+
+
+@everywhere
+def test_loss_scale_does_not_change_the_ascent(classification, tmp_path, optimizer):
+    """Powers of two scale fp16 gradients exactly as long as none underflows."""
+    ends = []
+    for scale in ("16", "128"):
+        trainer = build(classification, tmp_path, optimizer, "fp16", "--fp16-init-scale", scale)
+        seen = []
+        trainer.get_model().register_forward_pre_hook(
+            lambda *_, s=seen, t=trainer: s.append(tiny.weights(t))
+        )
+        trainer.train_step(tiny.batches(trainer)[:1])
+        ends.append(seen[-1])  # of the descent's forward, the last one
+    gap = max((a.float() - b.float()).abs().max() for a, b in zip(*ends))
+    assert gap < 1e-3  # one unit in the last place of weights below 1, from gradients that round
+
+
+def test_masters_of_flat_fp16_are_views_in_order():
+    """As FP16Optimizer keeps them on a GPU: one flat tensor, 2 x 3 and then 4 numbers."""
+    params = [torch.nn.Parameter(torch.zeros(2, 3)), torch.nn.Parameter(torch.zeros(4))]
+    flat = torch.nn.Parameter(torch.arange(10.0))
+    masters = masters_of(Namespace(fp16_params=params, fp32_params={0: flat}))
+    assert masters[params[0]].tolist() == [[0, 1, 2], [3, 4, 5]]
+    assert masters[params[1]].tolist() == [6, 7, 8, 9]
+    flat.data.mul_(2)
+    assert masters[params[1]].tolist() == [12, 14, 16, 18]
+
+
+def test_amp_on_a_cpu_is_float32_bitwise(classification, tmp_path):
+    """fairseq's autocast is CUDA's; nothing is to be rounded where nothing is cast."""
+    ends = []
+    for more in ([], ["--amp"]):
+        argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *more)
+        trainer = tiny.build_trainer(argv)
+        assert sharpness_aware(trainer.optimizer).half_dtype is None
+        for sample in tiny.batches(trainer):
+            trainer.train_step([sample])
+        ends.append(tiny.weights(trainer))
+    assert equal(*ends)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("mode", [["--fp16"], ["--bf16"], ["--memory-efficient-fp16"], ["--amp"]])
+@everywhere
+def test_trains_on_a_gpu(classification, tmp_path, optimizer, mode):
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", optimizer, *mode)
+    trainer = tiny.build_trainer([a for a in argv if a != "--cpu"])
+    before = tiny.weights(trainer)
+    logs = [trainer.train_step([sample]) for sample in tiny.batches(trainer)]
+    assert all(torch.isfinite(torch.as_tensor(log["loss"])) for log in logs)
+    assert not equal(tiny.weights(trainer), before)
+
+
+@pytest.fixture(scope="module")
+def measured(tmp_path_factory):
+    """The script's measurements on the small RoBERTa, by dtype, at three rho."""
+    import half_precision
+
+    argv = tiny.arguments(
+        REGRESSION / "data",
+        tmp_path_factory.mktemp("half"),
+        *json.loads((REGRESSION / "architecture.json").read_text()),
+        *("--finetune-from-model", str(REGRESSION / "small_roberta.pt"), "--lr", "1e-3"),
+    )
+    trainer = tiny.build_trainer(argv)
+    checkpoint_utils.load_checkpoint(trainer.cfg.checkpoint, trainer)
+    for sample in tiny.batches(trainer)[:6]:  # a head that is not random
+        trainer.train_step([sample])
+    model = trainer.get_model().eval()
+    sample = tiny.batches(trainer, 32)[0]
+    exact = half_precision.Model(model, trainer.get_criterion(), sample, torch.float64)
+    rows = []
+    for name, dtype in half_precision.DTYPES.items():
+        each = half_precision.Model(model, trainer.get_criterion(), sample, dtype)
+        rows += [half_precision.measure(exact, each, name, rho, 2) for rho in (0.01, 0.02, 0.05)]
+    return rows
+
+
+def test_weights_of_sentences_are_those_of_float64(measured):
+    """Total variation between g and the float64 g, and that the literal probe is far from it."""
+    bound = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.08}
+    for row in measured:
+        assert row.tv_rule < bound[row.dtype], row
+        if row.dtype != "fp32":
+            assert row.tv_literal > 2 * row.tv_rule, row
+
+
+def test_rise_of_the_loss_is_that_of_the_exact_ascent(measured):
+    """Within 3 %, averaged over the draws of the rounding."""
+    for row in measured:
+        assert row.rise_stochastic == pytest.approx(1, abs=0.03), row
+        assert row.realised == pytest.approx(1, abs=0.03), row
