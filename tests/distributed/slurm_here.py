@@ -12,6 +12,7 @@
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 JOB_ID = str(os.getpid() % 10000)
@@ -72,13 +73,12 @@ def srun(words):
             "SLURM_LOCALID": str(rank % tasks_per_node),
         }
         tasks.append(subprocess.Popen(command, env=env))
-    codes = []
-    for task in tasks:
-        codes.append(task.wait())
-        if codes[-1]:  # as srun --kill-on-bad-exit, the default of most clusters
-            for other in tasks:
-                other.terminate()
-    return max(map(abs, codes))
+    while None in [task.poll() for task in tasks]:
+        if any(task.returncode for task in tasks):  # as srun --kill-on-bad-exit
+            for task in tasks:
+                task.terminate()
+        time.sleep(0.1)
+    return max(abs(task.returncode) for task in tasks)
 
 
 def scontrol(words):
