@@ -25,6 +25,12 @@ FORWARDS = {
 }
 AFTER = ["all_reduce_grads", "multiply_grads", "clip_grad_norm", "step"]  # of the optimizer
 FORWARD_STAGES = [(name, stage) for name, stages in FORWARDS.items() for stage in stages]
+# Weights move in one way where they are all there is, in another where they have float32 copies.
+PRECISIONS = {
+    "float32": [],
+    "half": ["--memory-efficient-fp16"],
+    "half with copies": ["--fp16", "--fp16-no-flatten-grads"],
+}
 STAGES = FORWARD_STAGES + [(name, stage) for name in FORWARDS for stage in AFTER]
 
 
@@ -74,6 +80,7 @@ class Case:
         """Back to after the first update; no crash.pt."""
         for name, p in self.trainer.get_model().named_parameters():
             p.data.copy_(self._start["model"][name])
+        self.trainer._build_optimizer()  # in half precision it has copies of the weights
         optimizer_state = copy.deepcopy(self._start["last_optimizer_state"])
         self.trainer.optimizer.load_state_dict(optimizer_state)
         self.trainer.set_num_updates(1)
@@ -181,8 +188,11 @@ def test_error_that_fairseq_lets_through(case_of, monkeypatch, optimizer, stage,
 
 
 @pytest.mark.parametrize("optimizer, stage", FORWARD_STAGES)
-def test_error_on_which_fairseq_saves_a_checkpoint(case_of, monkeypatch, optimizer, stage):
-    case = case_of(optimizer)
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_error_on_which_fairseq_saves_a_checkpoint(
+    case_of, monkeypatch, optimizer, stage, precision
+):
+    case = case_of(optimizer, *PRECISIONS[precision])
     with monkeypatch.context() as patch:
         assert case.at(stage, raiser(ValueError("bug in the criterion")), patch) == []
         with pytest.raises(ValueError, match="bug in the criterion"):
@@ -411,9 +421,10 @@ class EveryLine:
 
 
 @pytest.mark.parametrize("optimizer", FORWARDS)
-def test_checkpoint_at_any_line_is_that_of_before_or_after(case_of, optimizer):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_checkpoint_at_any_line_is_that_of_before_or_after(case_of, optimizer, precision):
     """No line of an update at which a checkpoint would hold anything else."""
-    case, seen = case_of(optimizer), []
+    case, seen = case_of(optimizer, *PRECISIONS[precision]), []
 
     def look(_):
         found = state(case.trainer)
@@ -430,13 +441,14 @@ def test_checkpoint_at_any_line_is_that_of_before_or_after(case_of, optimizer):
 
 
 @pytest.mark.parametrize("optimizer", FORWARDS)
-def test_interrupt_at_any_line(case_of, optimizer):
+@pytest.mark.parametrize("precision", PRECISIONS)
+def test_interrupt_at_any_line(case_of, optimizer, precision):
     """Control-C anywhere in an update: a checkpoint then has the weights of before or after."""
-    case = case_of(optimizer)
+    case = case_of(optimizer, *PRECISIONS[precision])
     counter = EveryLine(lambda _: None)
     counter(lambda: case.trainer.train_step(case.samples))
     perturbed = []
-    for at in range(1, counter.lines + 1, 7):
+    for at in range(1, counter.lines + 1, 19):
         sharpness_aware(case.trainer.optimizer).restore()
         case.reset()
 

@@ -1,6 +1,7 @@
 """Every base optimizer of fairseq keeps its options and trains in a whole run."""
 
 import argparse
+import dataclasses
 import re
 
 import pytest
@@ -9,10 +10,11 @@ import tiny
 from fairseq import options
 from fairseq.optim import OPTIMIZER_REGISTRY
 
+from deltasam_fairseq.optim import DeltaSAMConfig, SAMConfig
+
 BASES = ["adadelta", "adafactor", "adagrad", "adam", "adamax", "nag", "sgd"]
 LAMB = "lamb"
 LEARNING_RATE = {"adadelta": "0.5", "sgd": "0.05", "nag": "0.005", "adafactor": "0.002"}
-SAM_OPTIONS = {"--sam-rho", "--sam-adaptive", "--sam-eta", "--sam-start-update", "--sam-scope"}
 
 
 def parser_of(data, optimizer, monkeypatch):
@@ -49,7 +51,10 @@ def test_options_of_the_base_are_there(tmp_path, monkeypatch, base, wrapper):
     parser = parser_of(tmp_path, f"{wrapper}_{base}", monkeypatch)
     plain, found = options_of(base_parser), options_of(parser)
     assert plain.keys() <= found.keys()
-    own = SAM_OPTIONS | ({"--delta-sam-beta"} if wrapper == "delta_sam" else set())
+    fields = dataclasses.fields(SAMConfig if wrapper == "sam" else DeltaSAMConfig)
+    own = {"--" + f.name.replace("_", "-") for f in fields if f.name != "_name"}
+    assert {"--sam-rho", "--sam-adaptive", "--sam-start-update"} <= own
+    assert ("--delta-sam-beta" in own) == (wrapper == "delta_sam")
     assert shown(parser) == shown(base_parser) | own
     hidden = {s for s in found.keys() - plain.keys() if found[s].help is argparse.SUPPRESS}
     assert found.keys() - plain.keys() - hidden == own

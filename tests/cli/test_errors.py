@@ -17,6 +17,10 @@ ERRORS = {
     "rho no number": ([*SAM, "--sam-rho", "big"], ["--sam-rho", "big"]),
     "negative beta": ([*DELTA, "--delta-sam-beta", "-3"], ["--delta-sam-beta -3", "at least 0"]),
     "beta nan": ([*DELTA, "--delta-sam-beta", "nan"], ["--delta-sam-beta nan", "finite"]),
+    "probe of radius 0": (
+        [*DELTA, "--delta-sam-probe-radius", "0"],
+        ["--delta-sam-probe-radius 0", "above 0", "leave it out"],
+    ),
     "beta without delta-SAM": (
         [*SAM, "--delta-sam-beta", "3"],
         ["--delta-sam-beta 3", "--optimizer delta_sam_*"],

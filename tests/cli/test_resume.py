@@ -16,6 +16,11 @@ OPTIMIZERS = {
     "delta_sam_adam": ["--optimizer", "delta_sam_adam"],
     "delta_sam_adam, accumulated": ["--optimizer", "delta_sam_adam", "--update-freq", "2"],
     "adaptive": ["--optimizer", "delta_sam_adam", "--sam-adaptive", "--sam-rho", "0.5"],
+    "half precision": ["--optimizer", "delta_sam_adam", "--memory-efficient-fp16"],
+    "half precision with float32 copies": [
+        *("--optimizer", "delta_sam_adam", "--fp16", "--fp16-no-flatten-grads"),
+        *("--fp16-init-scale", "4", "--fp16-scale-window", "2"),
+    ],
     "begins after the stop": ["--optimizer", "sam_adam", "--sam-start-update", "4"],
 }
 
