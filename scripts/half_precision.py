@@ -216,7 +216,7 @@ def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:
         _, rule = model.guardedness(rho, None, 0)
         axes.axvline(rule, color=line.get_color(), linestyle=":", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="radius of the probe (dotted: the rule)")
-    axes.set_ylabel(f"total variation between g and the float64 g at {rho:g}")
+    axes.set_ylabel(f"TV of g from float64 at rho {rho:g}")
     axes.legend()
     axes.grid(alpha=0.3)
     figure.savefig(out, dpi=120)

@@ -168,6 +168,22 @@ def test_amp_on_a_cpu_is_float32_bitwise(classification, tmp_path):
     assert equal(*ends)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_under_autocast_the_cast_leaves_the_ascent_alone(classification, tmp_path, dtype):
+    """What --amp does on a GPU, with the precision of its autocast said by hand."""
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", "sam_adam", "--lr", "0")
+    trainer = tiny.build_trainer(argv)
+    sam = sharpness_aware(trainer.optimizer)
+    sam.compute_in(dtype)
+    before, seen = tiny.weights(trainer), []
+    trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(tiny.weights(trainer)))
+    trainer.train_step(tiny.batches(trainer)[:1])
+    moved = [(w, b) for w, b in zip(seen[-1], before) if not torch.equal(w, b)]
+    assert moved and all(w.dtype == torch.float32 for w, _ in moved)
+    assert all(torch.equal(w.to(dtype).float(), w) for w, _ in moved)
+    assert equal(tiny.weights(trainer), before)
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("mode", [["--fp16"], ["--bf16"], ["--memory-efficient-fp16"], ["--amp"]])
 @everywhere
