@@ -28,11 +28,6 @@ def _check_seam(cfg: Any, optimizer: str) -> None:
             f"ddp-backend {distributed.ddp_backend}",
             "use --ddp-backend legacy_ddp or pytorch_ddp",
         ),
-        (
-            distributed.zero_sharding != "none",
-            f"zero-sharding {distributed.zero_sharding}",
-            "use --zero-sharding none",
-        ),
     ):
         if wanted:
             raise ValueError(f"--{option} cannot be combined with --optimizer {optimizer}: {why}")

@@ -71,6 +71,23 @@ def _on_cpus(call_main: Any) -> Any:
     return wrapper
 
 
+def _with_real_gpus(distributed_main: Any) -> Any:
+    """The run itself sees how many GPUs there are; fairscale asks for their properties."""
+    real = torch.cuda.device_count, torch.cuda.set_device
+
+    @functools.wraps(distributed_main)  # pickled by name for a spawned process
+    def wrapper(*args: Any, **kwargs: Any) -> Any:
+        seeming = torch.cuda.device_count, torch.cuda.set_device
+        torch.cuda.device_count, torch.cuda.set_device = real
+        try:
+            return distributed_main(*args, **kwargs)
+        finally:
+            torch.cuda.device_count, torch.cuda.set_device = seeming
+
+    wrapper._deltasam = True  # type: ignore[attr-defined]
+    return wrapper
+
+
 def _without_device_ids(ddp: Any) -> Any:
     """DistributedDataParallel for modules on the CPU too."""
 
@@ -88,6 +105,7 @@ def install() -> None:
     """Put the mends in place; does nothing the second time, and nothing where GPUs are."""
     if not hasattr(distributed_utils.call_main, "_deltasam"):
         distributed_utils.call_main = _on_cpus(distributed_utils.call_main)
+        distributed_utils.distributed_main = _with_real_gpus(distributed_utils.distributed_main)
     if not hasattr(distributed_fairseq_model.DistributedDataParallel, "_deltasam"):
         distributed_fairseq_model.DistributedDataParallel = _without_device_ids(
             distributed_fairseq_model.DistributedDataParallel

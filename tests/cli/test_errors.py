@@ -46,7 +46,6 @@ ERRORS = {
         [*SAM, "--ddp-backend", "fully_sharded"],
         ["--ddp-backend fully_sharded", "legacy_ddp"],
     ),
-    "zero sharding": ([*SAM, "--zero-sharding", "os"], ["--zero-sharding os", "none"]),
 }
 
 
