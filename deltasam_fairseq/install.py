@@ -11,7 +11,7 @@ import fairseq.trainer
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
-from deltasam_fairseq import launch
+from deltasam_fairseq import failures, launch
 from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 
@@ -89,10 +89,12 @@ def _checked_parse(parse_args_and_arch: Any) -> Any:
 def install() -> None:
     """Install the trainer, the checks and the mends; does nothing the second time."""
     launch.install()
+    failures.install()
     for program in _training_programs():
         if program.Trainer is fairseq.trainer.Trainer:
             program.Trainer = SharpnessAwareTrainer
         if not hasattr(program.add_defaults, "_deltasam"):
             program.add_defaults = _checked_defaults(program.add_defaults)
+        failures.explain_lost_ranks(program)
     if not hasattr(options.parse_args_and_arch, "_deltasam"):
         options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)
