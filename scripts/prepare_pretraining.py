@@ -47,8 +47,10 @@ def main() -> None:
     train_vocabulary(lines, args.vocab_size, args.out)
     encode = bpe_encoder("sentencepiece", sentencepiece_model=str(args.out / "spm.model"))
     dictionary = Dictionary.load(str(args.out / "dict.txt"))
-    write_dataset(map(encode, lines[: args.valid]), dictionary, args.out / "valid")
-    write_dataset(map(encode, lines[args.valid :]), dictionary, args.out / "train")
+    for split, part in (("valid", lines[: args.valid]), ("train", lines[args.valid :])):
+        # An empty line ends a document: every sentence is one (--sample-break-mode complete_doc).
+        documents = (text for line in part for text in (encode(line), ""))
+        write_dataset(documents, dictionary, args.out / split)
     print(f"{len(lines)} sentences, {len(dictionary)} types -> {args.out}")
 
 

@@ -90,8 +90,8 @@ def sentences(paragraph: str) -> Iterator[str]:
         yield start
 
 
-def is_english(sentence: str, min_words: int = 6, max_words: int = 25) -> bool:
-    """Tell whether ``sentence`` is a whole sentence of plain words."""
+def is_english(sentence: str, min_words: int = 6, max_words: int = 12) -> bool:
+    """Tell whether ``sentence`` is a short whole sentence of plain words."""
     words = sentence.split()
     plain = sum(1 for word in words if WORD.fullmatch(word.strip(".,;:!?()\"'")))
     return (

@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple
 
 # --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
 HELD_OUT = {"train": 4000, "dev": 1000}  # sentences of the task, kept from pretraining
-SWAPS = 3  # pairs of neighbouring words exchanged in a disturbed sentence
+SWAPS = 2  # pairs of neighbouring words exchanged in a disturbed sentence
 VOCABULARY = 2000  # sentencepiece pieces
 
 SMALL_ROBERTA = [
@@ -16,16 +16,16 @@ SMALL_ROBERTA = [
 ]
 ADAM = ["--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06"]
 
-# Short blocks, many masks and no dropout: a small model must learn the order of words in a
-# thousand or two updates.
+# One short sentence a block, many masks and no dropout: what lets so small a model learn the order
+# of words in so few updates.  With several sentences a block it does for some seeds only.
 PRETRAINING = [
     *("--task", "masked_lm", "--criterion", "masked_lm", "--mask-prob", "0.3"),
-    *("--sample-break-mode", "complete", "--tokens-per-sample", "24", "--max-tokens", "1024"),
+    *("--sample-break-mode", "complete_doc", "--tokens-per-sample", "32", "--max-tokens", "1024"),
     *SMALL_ROBERTA,
     *("--dropout", "0", "--attention-dropout", "0"),
     *("--optimizer", "adam", *ADAM, "--weight-decay", "0.01", "--clip-norm", "1"),
-    *("--lr-scheduler", "polynomial_decay", "--lr", "0.005", "--warmup-updates", "250"),
-    *("--total-num-update", "2500", "--max-update", "2500"),
+    *("--lr-scheduler", "polynomial_decay", "--lr", "0.005", "--warmup-updates", "200"),
+    *("--total-num-update", "2000", "--max-update", "2000"),
     *("--disable-validation", "--no-epoch-checkpoints", "--no-save-optimizer-state"),
 ]
 
