@@ -15,6 +15,8 @@ def test_rho_zero_is_the_base_optimizer(classification, tmp_path, base, wrapper)
     runs.assert_same_end(run, plain)
     assert [log["loss"] for log in run.updates] == [log["loss"] for log in plain.updates]
     assert "sam_loss" not in run.updates[-1]
+    if base != "adam":  # what the comparison would say otherwise is seen once
+        return
     more = ["--optimizer", f"{wrapper}_{base}"]
     assert not runs.same_weights(runs.train(classification, tmp_path / "more", *more, *RUN), plain)
 
