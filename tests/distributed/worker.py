@@ -35,12 +35,12 @@ def record(trainer, seen):
         seen["weights"].append(found.weights.clone())
         return found
 
-    def recording_ascend(params):
+    def recording_ascend(params, *args):
         before = [p.data.clone() for p in params]
-        norm = ascend(params)
+        ascent = ascend(params, *args)
         moved = [p.data - b for p, b in zip(params, before)]
         seen["eps"].append(torch.cat([m.flatten() for m in moved]))
-        return norm
+        return ascent
 
     trainer._reweight, sam.ascend = recording_reweight, recording_ascend
 
