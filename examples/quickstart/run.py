@@ -117,7 +117,8 @@ def script(name: str, *arguments: object) -> List[str]:
 
 def train(*arguments: object) -> List[str]:
     """Return a fairseq-train command that logs JSON and saves in the stage's folder."""
-    common = ["--num-workers", 0, "--save-dir", "{out}"]
+    # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+    common = ["--num-workers", 0, "--data-buffer-size", 0, "--save-dir", "{out}"]
     logging = ["--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log"]
     return [*FAIRSEQ_TRAIN, *map(str, (*arguments, *common, *logging))]
 
