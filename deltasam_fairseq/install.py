@@ -5,14 +5,17 @@ import functools
 import importlib.util
 import re
 import sys
-from typing import Any, Callable, Dict, List
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import fairseq.trainer
 from fairseq import options
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
+from fairseq.optim import OPTIMIZER_REGISTRY
+from fairseq.registry import REGISTRIES
 
 from deltasam_fairseq import failures, launch
 from deltasam_fairseq.checks import check_config
+from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 
 
@@ -60,13 +63,42 @@ def _with_remedy(error: Callable[[str], None]) -> Callable[[str], None]:
     return wrapper
 
 
+def _show_chosen_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -> None:
+    """Add the options of what is chosen to the parser that is about to print its help.
+
+    fairseq prints the help before it adds them, so that nobody ever sees one.
+    """
+    chooser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for name in REGISTRIES:
+        chooser.add_argument("--" + name.replace("_", "-"))
+    chosen, _ = chooser.parse_known_args(list(argv))
+    for name, registry in REGISTRIES.items():
+        cls = registry["registry"].get(getattr(chosen, name))
+        if hasattr(cls, "add_args"):
+            choice = f"--{name.replace('_', '-')} {getattr(chosen, name)}"
+            cls.add_args(parser.add_argument_group(choice))
+    trains = any(action.dest == "update_freq" for action in parser._actions)
+    optimizer = OPTIMIZER_REGISTRY.get(chosen.optimizer, object)
+    if trains and not issubclass(optimizer, SharpnessAwareOptimizer):
+        group = parser.add_argument_group("--optimizer sam_* and delta_sam_*")
+        gen_parser_from_dataclass(group, DeltaSAMConfig())
+
+
 def _checked_parse(parse_args_and_arch: Any) -> Any:
     """Command-line errors of this plugin look like all others: no traceback, exit code 2."""
 
     @functools.wraps(parse_args_and_arch)
-    def wrapper(parser: argparse.ArgumentParser, *args: Any, **kwargs: Any) -> Any:
+    def wrapper(
+        parser: argparse.ArgumentParser,
+        input_args: Optional[Sequence[str]] = None,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        argv = sys.argv[1:] if input_args is None else input_args
+        if "-h" in argv or "--help" in argv:
+            _show_chosen_options(parser, argv)
         parser.error = _with_remedy(parser.error)  # type: ignore[method-assign,assignment]
-        parsed = parse_args_and_arch(parser, *args, **kwargs)
+        parsed = parse_args_and_arch(parser, input_args, *args, **kwargs)
         namespace = parsed[0] if isinstance(parsed, tuple) else parsed
         if getattr(namespace, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
             namespace.tpu = False  # fairseq takes --bf16 for a TPU, on every machine
