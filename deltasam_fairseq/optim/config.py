@@ -18,8 +18,8 @@ class SAMConfig(FairseqDataclass):
         default=0.05,
         metadata={
             "help": "radius of the SAM perturbation, L2 norm in weight space, at least 0 "
-            "(0: the base optimizer itself), default 0.05. delta-SAM paper, GLUE: 0.02 for RoBERTa large "
-            "(SST-2 0.05, STS-B 0.01), 0.05 for BERT base (STS-B 0.01), searched in "
+            "(0: the base optimizer itself), default 0.05. delta-SAM paper, GLUE: 0.02 for "
+            "RoBERTa large (SST-2 0.05, STS-B 0.01), 0.05 for BERT base (STS-B 0.01), searched in "
             "{0.01, 0.02, 0.05}; with --sam-adaptive about ten times that and more (0.5 to 2)"
         },
     )
@@ -47,8 +47,8 @@ class SAMConfig(FairseqDataclass):
     sam_scope: SCOPES = field(  # type: ignore[valid-type]
         default="global",
         metadata={
-            "help": "what a perturbation is computed from: the global batch (default), the same on every "
-            "data-parallel rank; or each rank's own shard of it (m-sharpness, Foret et al.), "
+            "help": "what a perturbation is computed from: the global batch (default), the same on "
+            "every data-parallel rank; or each rank's own shard of it (m-sharpness, Foret et al.), "
             "without communication in the ascent. The same with one process"
         },
     )
@@ -62,8 +62,8 @@ class DeltaSAMConfig(SAMConfig):
         default=3.0,
         metadata={
             "help": "strength of delta-SAM's reweighting of sentences in the ascent, at least 0 "
-            "(0: plain SAM), default 3. Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, STS-B 10, "
-            "CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
+            "(0: plain SAM), default 3. Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, "
+            "STS-B 10, CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
             "searched in {3, 5, 10, 20, 50, 70}"
         },
     )
