@@ -7,6 +7,7 @@ the chosen moment.
 import json
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -253,3 +254,46 @@ def test_torchrun_restarts_a_killed_rank_by_itself(runs):
     assert "exitcode: -9" in result.stdout
     for name, weight in runs.weights("whole").items():
         assert torch.equal(weight, runs.weights("torchrun")[name])
+
+
+def test_elastic_torchrun_goes_on_without_a_lost_node(runs, tmp_path):
+    """--nnodes 1:2: two nodes of one rank; one is lost, the other goes on with twice the work.
+
+    A shell works out --update-freq, since torchrun tells the number of ranks only to the ranks.
+    """
+    plain = ["--dropout", "0", "--attention-dropout", "0", "--save-interval-updates", "3"]
+    train = [sys.executable, "-m", "fairseq_cli.train", *runs.argv("elastic", *plain)]
+    script = f"exec {' '.join(map(shlex.quote, train))} --update-freq $((4 / WORLD_SIZE))"
+    fault = {"moment": "node", "rank": 1, "update": 3}
+    env = {"FAULT": json.dumps(fault), "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    port = free_port()
+
+    def node(number):
+        waits = "join_timeout=60,last_call_timeout=3,keep_alive_interval=1,keep_alive_max_attempt=2"
+        command = [
+            *(sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2"),
+            *("--nproc-per-node", "1", "--max-restarts", "3", "--monitor-interval", "0.2"),
+            *("--rdzv-backend", "c10d", "--rdzv-id", "elastic"),
+            *("--rdzv-endpoint", f"127.0.0.1:{port}"),
+            *("--rdzv-conf", f"{waits},is_host={int(number == 0)}"),
+            *("--no-python", "bash", "-c", script),
+        ]
+        with open(tmp_path / f"{number}.log", "w") as log:
+            return subprocess.Popen(
+                command,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH, **env},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+
+    nodes = [node(0), node(1)]
+    try:
+        statuses = [process.wait(timeout=120) for process in nodes]
+    finally:
+        for process in nodes:
+            process.terminate()  # an agent ends its ranks
+    log = (tmp_path / "0.log").read_text()
+    assert statuses == [0, -signal.SIGKILL], log[-4000:]
+    assert "training on 1 devices" in log and "what 2 ranks began" in log
+    for name, weight in runs.weights("whole, no dropout").items():
+        torch.testing.assert_close(runs.weights("elastic")[name], weight, rtol=0, atol=1e-5)

@@ -8,6 +8,7 @@ done when it happens). Moments at which the process kills itself with SIGKILL:
     ascended    between ascent and descent
     save        half of a checkpoint is written
     copy        half of a checkpoint is copied to checkpoint_last.pt
+    node        as ascended, and torchrun's agent, the parent process, with it
 
 Moments at which the model's output is NaN, once: ``nan clean``, ``nan probe``, ``nan descent``.
 ``stop`` suspends the process between ascent and descent. SEEN names a file, to which every rank
@@ -51,6 +52,9 @@ def due(moment, late=0):
 
 def kill_if(moment):
     if due(moment):
+        os.kill(os.getpid(), signal.SIGKILL)
+    if moment == "ascended" and due("node"):
+        os.kill(os.getppid(), signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
     if moment == "ascended" and due("stop"):
         os.kill(os.getpid(), signal.SIGSTOP)
