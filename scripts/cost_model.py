@@ -40,7 +40,7 @@ class Method(NamedTuple):
     backwards: int
     weight_passes: int  # reads and writes of all weights, beside the base optimizer's own
     reductions: int  # of all gradients
-    small_collectives: int  # of a few numbers; fairseq's log and its check of gradient norms: 2
+    small_collectives: int  # of a few numbers; two of them carry fairseq's log
 
 
 METHODS = {
