@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import csv
 import json
+import re
 import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
@@ -35,7 +36,7 @@ def read_epochs(log: Path) -> List[Epoch]:
         if not line.startswith('{"epoch"'):
             continue
         stats = {key: float(value) for key, value in json.loads(line).items() if value != "null"}
-        if any(key.startswith(("train_loss", "valid_loss")) for key in stats):
+        if any(key.endswith("_loss") for key in stats):
             epochs.setdefault(int(stats["epoch"]), {}).update(stats)
     return [epochs[number] for number in sorted(epochs)]
 
@@ -93,6 +94,10 @@ def table(runs: Sequence[Run], metric: str) -> List[Dict[str, str]]:
                 "seeds": str(len(group)),
                 f"{metric}": mean([epoch.get(key) for epoch in last], 1),
                 f"best {metric}": mean([max(e.get(key, 0) for e in r.epochs) for r in group], 1),
+                **{
+                    f"{metric} ({subset})": mean([e.get(f"{subset}_{metric}") for e in last], 1)
+                    for subset in extra_subsets(runs[0], metric)
+                },
                 "valid loss": mean([epoch.get("valid_loss") for epoch in last], 3),
                 "sharpness": mean([run.sharpness for run in group], 4),
                 "time (s)": f"{time:.1f}",
@@ -100,6 +105,12 @@ def table(runs: Sequence[Run], metric: str) -> List[Dict[str, str]]:
             }
         )
     return rows
+
+
+def extra_subsets(run: Run, metric: str) -> List[str]:
+    """Return the validation sets beside ``valid``, such as MNLI's mismatched ``valid1``."""
+    keys = sorted(run.epochs[-1])
+    return [key.split("_")[0] for key in keys if re.fullmatch(rf"valid\d+_{metric}", key)]
 
 
 def markdown(rows: Sequence[Dict[str, str]]) -> str:

@@ -133,7 +133,7 @@ def text_stages(work: Path) -> List[Stage]:
             "collect English sentences",
             script("prepare_text", "--out", "{out}/text.txt"),
             work / "text",
-            seconds=15,
+            seconds=20,
         ),
         Stage(
             "train the vocabulary",
@@ -150,7 +150,7 @@ def text_stages(work: Path) -> List[Stage]:
             train(lm, *PRETRAINING, "--seed", 1),
             work / "roberta",
             [lm],
-            seconds=100,
+            seconds=110,
         ),
     ]
 
@@ -225,7 +225,10 @@ def fine_tuning_stages(
     updates = recipe.epochs * -(-number_of_sentences(args) // recipe.batch_size)
     if args.checkpoint is None:
         checkpoint, model = work / "roberta" / "checkpoint_last.pt", SMALL_ROBERTA
-        inputs, seconds = [data, work / "roberta"], {"adam": 15, "sam_adam": 25}
+        inputs, seconds = (
+            [data, work / "roberta"],
+            {"adam": 25, "sam_adam": 45, "delta_sam_adam": 55},
+        )
     else:
         checkpoint, model = args.checkpoint, ["--arch", args.arch, "--max-positions", "512"]
         inputs, seconds = [data], {}
