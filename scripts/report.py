@@ -35,7 +35,8 @@ def read_epochs(log: Path) -> List[Epoch]:
     for line in log.read_text(encoding="utf-8").splitlines():
         if not line.startswith('{"epoch"'):
             continue
-        stats = {key: float(value) for key, value in json.loads(line).items() if value != "null"}
+        # Numbers come as strings, but for the epoch; validation also logs lists of predictions.
+        stats = {k: float(v) for k, v in json.loads(line).items() if isinstance(v, (int, str))}
         if any(key.endswith("_loss") for key in stats):
             epochs.setdefault(int(stats["epoch"]), {}).update(stats)
     return [epochs[number] for number in sorted(epochs)]
