@@ -40,19 +40,21 @@ def dictionary() -> Dictionary:
     return words
 
 
-def sentences(n: int, seed: int) -> List[List[int]]:
-    """``n`` sentences of 3 to 10 words as dictionary indices, without end mark."""
+def sentences(n: int, seed: int, longest: int = 10) -> List[List[int]]:
+    """``n`` sentences of 3 to ``longest`` words as dictionary indices, without end mark."""
     rng = np.random.RandomState(seed)
-    return [(4 + rng.randint(0, WORDS, rng.randint(3, 11))).tolist() for _ in range(n)]
+    return [(4 + rng.randint(0, WORDS, rng.randint(3, longest + 1))).tolist() for _ in range(n)]
 
 
-def write_classification(path: Path, train: int = 32, valid: int = 16) -> Path:
+def write_classification(
+    path: Path, train: int = 32, valid: int = 16, longest: int = 10
+) -> Path:
     """sentence_prediction data: does the sentence hold more low words than high ones?"""
     words, labels = dictionary(), Dictionary()
     for label in ("0", "1"):
         labels.add_symbol(label)
     for split, n, seed in (("train", train, 1), ("valid", valid, 2)):
-        rows = sentences(n, seed)
+        rows = sentences(n, seed, longest)
         _write(path / "input0" / split, [row + [words.eos()] for row in rows])
         targets = [int(np.mean(row) < 4 + WORDS / 2) for row in rows]
         _write(

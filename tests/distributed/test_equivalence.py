@@ -14,7 +14,7 @@ from processes import run_ranks
 # Over three updates of Adam, whose step from a gradient near zero magnifies rounding.
 BOUND = 1e-9
 
-# Three global batches of 16 sentences of 3 to 10 words.
+# Three global batches of 16 sentences of 3 to 50 words.
 BATCHES = [list(range(16)), list(range(16, 32)), list(range(5, 21))]
 
 # Sizes of the micro-batches of every rank; 0 is a micro-batch that the rank does not have.
@@ -27,17 +27,25 @@ LAYOUTS = {
     "rank ends with a dummy": [[7, 6], [3, 0]],
     "rank without sentences": [[9], [7], [0]],
 }
+# --update-freq 1,2,3: another number of micro-batches in every update.
+SCHEDULES = {
+    "schedule, 1 rank": [[[16]], [[8, 8]], [[6, 5, 5]]],
+    "schedule, 2 ranks": [[[8], [8]], [[4, 4], [4, 4]], [[3, 3, 2], [3, 3, 2]]],
+}
 OPTIMIZERS = ["adam", "sam_adam", "delta_sam_adam"]
 BACKENDS = ["legacy_ddp", "pytorch_ddp"]
+HALF = ["--bf16", "--memory-efficient-fp16"]
 CRITERIONS = ["float64_sentence_prediction", "parameter_criterion"]
 
 
-def updates(layout):
-    def cut(batch):
+def updates(*layouts):
+    """Sentence numbers of every update: one layout for all, or one for each."""
+
+    def cut(batch, layout):
         sentences = iter(batch)
         return [[list(itertools.islice(sentences, n)) for n in rank] for rank in layout]
 
-    return [cut(batch) for batch in BATCHES]
+    return [cut(batch, layout) for batch, layout in zip(BATCHES, itertools.cycle(layouts))]
 
 
 def name_of(layout, optimizer, backend, criterion):
@@ -48,6 +56,8 @@ def cases():
     for layout, optimizer, backend in itertools.product(LAYOUTS, OPTIMIZERS, BACKENDS):
         if backend == "legacy_ddp" or len(LAYOUTS[layout]) > 1:
             yield layout, optimizer, backend, CRITERIONS[0]
+    for schedule in SCHEDULES:
+        yield schedule, "delta_sam_adam", "pytorch_ddp", CRITERIONS[0]
     for backend in BACKENDS:
         yield "2 x 2", "delta_sam_adam", backend, CRITERIONS[1]
         yield "2 x 2", "sam_adam", backend, CRITERIONS[1]
@@ -63,8 +73,9 @@ def compared_cases():
 
 
 @pytest.fixture(scope="module")
-def results(classification, tmp_path_factory):
+def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("equivalence")
+    classification = tiny.write_classification(folder / "data", longest=50)
     runs = {}
     for layout, optimizer, backend, criterion in cases():
         argv = tiny.arguments(
@@ -75,7 +86,12 @@ def results(classification, tmp_path_factory):
             *("--no-save", "--bucket-cap-mb", "1"),
         )
         name = name_of(layout, optimizer, backend, criterion)
-        runs[name] = {"argv": argv, "updates": updates(LAYOUTS[layout]), "dtype": "float64"}
+        layouts = SCHEDULES.get(layout) or [LAYOUTS[layout]]
+        runs[name] = {"argv": argv, "updates": updates(*layouts), "dtype": "float64"}
+        if name == name_of("2 x 2", "delta_sam_adam", backend, CRITERIONS[0]):
+            for mode in HALF:
+                half = [*argv, "--criterion", "sentence_prediction", mode]
+                runs[f"{mode}, {backend}"] = dict(runs[name], argv=half, dtype="float32")
         if layout == "2 x 2" and optimizer != "adam":
             argv = [*argv, "--sam-scope", "rank"]
             runs[f"rank scope: {name}"] = dict(runs[name], argv=argv)
@@ -158,3 +174,15 @@ def test_rank_scope_sends_nothing_in_the_ascent(results, optimizer):
     adam = results[name_of("2 x 2", "adam", "legacy_ddp", CRITERIONS[0])]
     sent = results["rank scope: " + name][0]["collectives"][-1]
     assert len(sent) == len(adam[0]["collectives"][-1])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("mode", HALF)
+def test_half_precision_reductions_leave_the_ranks_bitwise_equal(results, mode, backend):
+    """Weights, and the stochastically rounded perturbation, from gradients reduced in half."""
+    first, second = results[f"{mode}, {backend}"]
+    assert first["parameters"].dtype in (torch.float16, torch.bfloat16)
+    assert torch.equal(first["parameters"], second["parameters"])
+    assert len(first["eps"]) == 3 and first["eps"][0].float().norm() > 0.01
+    for eps, other in zip(first["eps"], second["eps"]):
+        assert torch.equal(eps, other)
