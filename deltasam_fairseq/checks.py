@@ -21,6 +21,7 @@ def _check_seam(cfg: Any, optimizer: str) -> None:
     distributed = cfg.distributed_training
     for wanted, option, why in (
         (cfg.common.model_parallel_size > 1, "model-parallel-size", "Megatron has its own trainer"),
+        (cfg.common.tpu, "tpu", "not supported"),
         (distributed.pipeline_model_parallel, "pipeline-model-parallel", "not supported"),
         (cfg.optimization.use_bmuf, "use-bmuf", "each rank would perturb and step on its own"),
         (

@@ -1,9 +1,10 @@
-"""The same dropout masks in every forward of an update."""
+"""The same dropout masks and buffers in every forward of an update."""
 
 import random
-from typing import Callable, Optional, Tuple
+from typing import Callable, Optional, Sequence, Tuple
 
 import numpy as np
+from torch import Tensor
 
 
 class Replay:
@@ -19,14 +20,21 @@ class Replay:
         host: whether Python's and numpy's generators take part. They must not where fairseq
             loads data in a thread of this process: the thread draws from the same generators,
             and putting them back under its hands would change the data.
+        buffers: what the forwards of an update write to beside gradients (power iteration of
+            spectral norm, running statistics): every pass begins with them as the first did.
     """
 
-    def __init__(self, set_seed: Callable[[], None], host: bool) -> None:
+    def __init__(
+        self, set_seed: Callable[[], None], host: bool, buffers: Sequence[Tensor] = ()
+    ) -> None:
         self._set_seed = set_seed
+        self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._host: Optional[Tuple] = (random.getstate(), np.random.get_state()) if host else None
 
     def __call__(self) -> None:
         self._set_seed()
+        for buffer, value in self._buffers:
+            buffer.data.copy_(value)
         if self._host is not None:
             python, numpy = self._host
             random.setstate(python)

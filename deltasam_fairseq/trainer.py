@@ -55,9 +55,13 @@ class SharpnessAwareTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self._update_log: Optional[UpdateLog] = None
         self._losses_checked = False
+        self._ran_out_of_memory = False
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
+        modules = (self.get_model(), self.get_criterion())
+        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+        self._trained = list(dict.fromkeys(parameters))
         sam = sharpness_aware(self._optimizer)
         if sam is not None:
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
@@ -75,7 +79,11 @@ class SharpnessAwareTrainer(Trainer):
             return super().train_step(samples, raise_oom)
 
         prepared = [self._prepare_sample(sample) for sample in samples]
-        replay = Replay(self._set_seed, host=not self._loads_data_in_a_thread())
+        replay = Replay(
+            self._set_seed,
+            host=not self._loads_data_in_a_thread(),
+            buffers=[*self.get_model().buffers(), *self.get_criterion().buffers()],
+        )
         try:
             metrics.log_start_time("train_wall", priority=800, round=0)
             climbed = self._try_to_climb(sam, prepared, replay, raise_oom)
@@ -94,6 +102,7 @@ class SharpnessAwareTrainer(Trainer):
     def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
         """fairseq's own train_step, counting the updates that it skips for an overflow."""
         updates, log = self.get_num_updates(), self._update_log
+        self._ran_out_of_memory = False
         try:
             stats = super().train_step(samples, raise_oom)
         except (AssertionError, RuntimeError) as e:
@@ -105,10 +114,15 @@ class SharpnessAwareTrainer(Trainer):
             metrics.log_stop_time("train_wall")
             stats = None
         scales = getattr(self.optimizer, "scaler", None) is not None
-        if stats is None and scales and self.get_num_updates() == updates:
+        skipped = stats is None and self.get_num_updates() == updates
+        if skipped and scales and not self._ran_out_of_memory:
             where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
             metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
         return stats
+
+    def _log_oom(self, exc: Any) -> None:
+        self._ran_out_of_memory = True
+        super()._log_oom(exc)
 
     # The ascent
 
@@ -130,7 +144,7 @@ class SharpnessAwareTrainer(Trainer):
                 self._reduce_criterion_grads(sam)
             scale /= self.data_parallel_world_size  # what reduces gradients averages them
         ascent = sam.ascend(self._trainable(), *self._draw())
-        log.ascent_gnorm = ascent.norm / scale
+        log.ascent_gnorm = ascent.norm * log.weights_divisor / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
         return log
 
@@ -138,6 +152,8 @@ class SharpnessAwareTrainer(Trainer):
         self, sam: SharpnessAwareOptimizer, samples: List[Prepared], replay: Replay
     ) -> UpdateLog:
         """Gradient of the batch loss, accumulated as fairseq's train_step does it."""
+        # The criterion's data-parallel wrapper would reduce what is to stay with the rank.
+        criterion = self.get_criterion() if sam.per_rank else self.criterion
         log = UpdateLog(per_rank=sam.per_rank)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
@@ -145,7 +161,7 @@ class SharpnessAwareTrainer(Trainer):
                 _, sample_size, logging_output = self.task.train_step(
                     sample=sample,
                     model=self.model,
-                    criterion=self.criterion,
+                    criterion=criterion,
                     optimizer=self.optimizer,
                     update_num=self.get_num_updates(),
                     ignore_grad=is_dummy,
@@ -182,7 +198,8 @@ class SharpnessAwareTrainer(Trainer):
                 if is_dummy:
                     weights = torch.zeros_like(losses)
                 else:
-                    weights = reweighting.weights[done : done + len(losses)].to(losses)
+                    weights = reweighting.weights[done : done + len(losses)]
+                    weights = (weights / log.weights_divisor).to(losses)
                     done += len(losses)
                 self.optimizer.backward((weights * losses).sum())
             log.add(logging_output, sample_size, is_dummy)
@@ -212,6 +229,9 @@ class SharpnessAwareTrainer(Trainer):
         if self._reduces(sam):
             distributed_utils.all_reduce(sums, group=self.data_parallel_process_group)
         log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
+        if sam.half_dtype is not None:
+            # eps* does not depend on the size of the weights, but fp16 gradients overflow by it.
+            log.weights_divisor = log.reweighting.r.clamp(min=1)
         return log.reweighting
 
     def _losses(self, samples: List[Prepared], replay: Replay) -> List[Tensor]:
@@ -278,8 +298,7 @@ class SharpnessAwareTrainer(Trainer):
 
     def _trainable(self) -> List[Parameter]:
         """The weights that are perturbed: all that the optimizer trains, the criterion's too."""
-        modules = (self.get_model(), self.get_criterion())
-        return [p for module in modules for p in module.parameters() if p.requires_grad]
+        return [p for p in self._trained if p.requires_grad]
 
     def _draw(self) -> Tuple[int, int]:
         """What the random numbers of an update depend on."""
@@ -366,7 +385,9 @@ class SharpnessAwareTrainer(Trainer):
         extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         counters = (extra_state or {}).get(_SCALER)
         if counters and not reset_optimizer and sharpness_aware(self.optimizer) is not None:
-            scaler = self.optimizer.scaler
+            scaler = getattr(self.optimizer, "scaler", None)
+            if scaler is None:  # saved in fp16, resumed in another precision
+                return extra_state
             if self.cfg.common.amp:
                 scaler.load_state_dict(counters)
             else:

@@ -1,6 +1,6 @@
 """What one sharpness-aware update adds to fairseq's log."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Dict, List, Optional, Tuple, Union
 
 import torch
 from fairseq.logging import metrics
@@ -47,6 +47,7 @@ class UpdateLog:
         reweighting: delta-SAM's weights, None for SAM.
         probe_radius: of delta-SAM's probe.
         ascent_gnorm: norm of the summed ascent gradient, without loss scale.
+        weights_divisor: what the weights of the sentences were divided by in the backward.
         realised: share of the ascent that survived rounding, None where nothing is rounded.
     """
 
@@ -57,6 +58,7 @@ class UpdateLog:
         self.reweighting: Optional[Reweighting] = None
         self.probe_radius: Optional[Tensor] = None
         self.realised: Optional[Tensor] = None
+        self.weights_divisor: Union[float, Tensor] = 1.0
         self._clean: Logs = []
         self._sample_sizes: List[Any] = []
         self._dummies: List[bool] = []
@@ -82,6 +84,8 @@ class UpdateLog:
         Args:
             perturbed: logging outputs of the descent's forward, one a micro-batch.
         """
+        if len(perturbed) != len(self._clean):  # a micro-batch ran out of memory
+            perturbed = [{} for _ in self._clean]
         merged = [
             {**c, _LOSS: p["loss"]} if "loss" in p else dict(c)
             for c, p, dummy in zip(self._clean, perturbed, self._dummies)

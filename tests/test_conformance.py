@@ -148,3 +148,48 @@ class TestCriterion:
         assert all(torch.isfinite(torch.as_tensor(log["loss"])) for log in logs)
         end = tiny.weights(trainer)
         assert not equal(start, end) and all(torch.isfinite(w).all() for w in end)
+
+
+def test_masked_lm_without_a_masked_token(data_of, tmp_path, monkeypatch):
+    """All tokens are projected, on the CPU as they are and on a GPU by an all-True mask."""
+    argv = tiny.arguments(data_of["masked_lm"], tmp_path, criterion="masked_lm")
+    trainer = tiny.build_trainer(argv)
+    criterion, model = trainer.get_criterion(), trainer.get_model()
+    sample = copy.deepcopy(tiny.batches(trainer)[0])
+    sample["target"].fill_(criterion.padding_idx)
+    losses = per_sentence_losses(criterion, model, sample).losses
+    assert losses.tolist() == [0.0] * len(sample["target"])
+
+    def projected_flat(**kwargs):
+        return model(**{**kwargs, "masked_tokens": torch.ones_like(sample["target"]).bool()})
+
+    projected_flat.get_targets = model.get_targets
+    losses = per_sentence_losses(criterion, projected_flat, sample).losses
+    assert losses.tolist() == [0.0] * len(sample["target"])
+
+
+def test_buffers_are_those_of_one_pass(classification, tmp_path):
+    """Spectral norm moves its buffers in every forward; with a learning rate of 0 an update of
+    delta-SAM leaves them as a single forward does, and its check of the losses passes."""
+    ends = []
+    for optimizer in ("adam", "sam_adam", "delta_sam_adam"):
+        trainer = optimizer_trainer(
+            classification,
+            tmp_path,
+            optimizer,
+            *("--lr", "0", "--sam-rho", "1e-6", "--spectral-norm-classification-head"),
+        )
+        trainer.train_step(tiny.batches(trainer)[:1])
+        ends.append([b.clone() for b in trainer.get_model().buffers() if b.dim()])
+    assert len(ends[0]) > 0
+    for other in ends[1:]:
+        torch.testing.assert_close(other, ends[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(8, 1), (16,), ()])
+def test_own_losses_of_another_shape_are_refused(classification, tmp_path, shape):
+    trainer = optimizer_trainer(classification, tmp_path, "delta_sam_adam")
+    criterion = trainer.get_criterion()
+    criterion.per_sentence_losses = lambda model, sample: (torch.zeros(shape), 8, {})
+    with pytest.raises(ValueError, match="one loss a sentence"):
+        trainer.train_step(tiny.batches(trainer)[:1])

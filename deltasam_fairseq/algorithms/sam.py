@@ -89,7 +89,8 @@ def move_along_(
         w = _at_least_float32(w)
         step = d.to(w.dtype) * scale.to(w.device, w.dtype)
         moved = w + step
-        rounded = moved if rounding is None else rounding(moved)
+        # Without a step there is nothing to round.
+        rounded = moved if rounding is None else torch.where(step == 0, w, rounding(moved))
         if rounding is not None:
             whole += torch.sum(step * step, dtype=torch.float64)
             lost += torch.sum((moved - rounded) * step, dtype=torch.float64)

@@ -43,6 +43,8 @@ class PerSentence(NamedTuple):
 def _detached(output: Any) -> Any:
     if torch.is_tensor(output):
         return output.detach()
+    if hasattr(output, "_fields"):  # a NamedTuple
+        return type(output)(*map(_detached, output))
     if isinstance(output, (tuple, list)):
         return type(output)(_detached(o) for o in output)
     if isinstance(output, dict):
@@ -103,8 +105,8 @@ def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentenc
     logits = recorder.outputs[0][0]
     target = model.get_targets(sample, [logits])
     masked = target.ne(criterion.padding_idx)
-    if logits.dim() == target.dim() + 1:  # no token of the batch is masked: all are projected
-        masked = torch.ones_like(masked)
+    if logits.numel() // logits.size(-1) == target.numel():
+        masked = torch.ones_like(masked)  # no token of the batch is masked: all are projected
     token_losses = modules.cross_entropy(
         logits.view(-1, logits.size(-1)),
         target[masked],
@@ -166,9 +168,16 @@ def per_sentence_losses(
             raise TypeError(f"{type(criterion).__name__} has no per-sentence losses")
         return _STOCK[type(criterion)](criterion, model, sample)
     result = PerSentence(*own(model, sample))
-    if result.losses.dim() != 1:
+    method = f"{type(criterion).__name__}.per_sentence_losses"
+    n = sample.get("nsentences", len(result.losses) if result.losses.dim() else 0)
+    if result.losses.dim() != 1 or len(result.losses) != n:
         raise ValueError(
-            f"{type(criterion).__name__}.per_sentence_losses returned losses of shape "
-            f"{tuple(result.losses.shape)}; needed is one loss a sentence, shape (B,)"
+            f"{method} returned losses of shape {tuple(result.losses.shape)}; needed is one loss a "
+            f"sentence, shape ({n},)"
+        )
+    if result.losses.element_size() < 4:
+        raise ValueError(
+            f"{method} returned losses in {result.losses.dtype}, too coarse for their differences; "
+            "compute them in float32, from logits.float()"
         )
     return result

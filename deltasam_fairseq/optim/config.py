@@ -95,7 +95,8 @@ def check_optimizer_config(cfg: Any) -> None:
         ("delta_sam_beta", "must be finite and at least 0; 3 is the paper's most common value"),
     ):
         value = getattr(cfg, option, 0.0)
-        _require(math.isfinite(value) and value >= 0, option, value, help_)
+        valid = value is not None and math.isfinite(value) and value >= 0
+        _require(valid, option, value, help_)
     radius = getattr(cfg, "delta_sam_probe_radius", None)
     _require(
         radius is None or (math.isfinite(radius) and radius > 0),

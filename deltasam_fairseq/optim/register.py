@@ -32,12 +32,13 @@ class SAMOptimizer(SharpnessAwareOptimizer):
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
         super().add_args(parser)
-        parser.add_argument(
-            "--delta-sam-beta",
-            action=_OnlyForDeltaSAM,
-            default=argparse.SUPPRESS,
-            help=argparse.SUPPRESS,
-        )
+        for option in ("--delta-sam-beta", "--delta-sam-probe-radius"):
+            parser.add_argument(
+                option,
+                action=_OnlyForDeltaSAM,
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
 
 
 class DeltaSAMOptimizer(SharpnessAwareOptimizer):

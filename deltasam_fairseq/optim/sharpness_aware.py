@@ -252,11 +252,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         state = dict(state_dict)
         masters = state.pop(_MASTERS, None)
         self.base.load_state_dict(state, optimizer_overrides)
-        own = list(self.params)
         if isinstance(self.weights, OverwrittenWeights) and masters is not None:
+            own = list(self.params)
             if [m.shape for m in masters] == [p.shape for p in own]:
                 for p, master in zip(own, masters):
                     p.data.copy_(master)
+                self.weights.follow()
 
     def backward(self, loss: Tensor) -> None:
         self.base.backward(loss)

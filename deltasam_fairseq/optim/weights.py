@@ -3,6 +3,7 @@
 import contextlib
 from typing import Any, Callable, Dict, Iterator, List, Sequence
 
+import torch
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -121,6 +122,15 @@ class OverwrittenWeights:
         for p in self._parameters:
             p.data.copy_(self._masters[p].data)
         self._parameters = []
+
+    def follow(self) -> None:
+        """Let the float32 copy have the weights' own values where it does not round to them.
+
+        For copies from a checkpoint whose model was changed since, by averaging for example.
+        """
+        for p, master in self._masters.items():
+            agrees = master.data.to(p.dtype) == p.data
+            master.data.copy_(torch.where(agrees, master.data, p.data.float()))
 
     @contextlib.contextmanager
     def suspended(self) -> Iterator[None]:
