@@ -6,6 +6,8 @@ VENV ?= .venv
 PYTHON ?= python3
 # passed on to the command behind the target, as in: make demo ARGS="--seeds 1 2 3"
 ARGS ?=
+# tests that run at a time
+JOBS ?= 2
 BIN = $(VENV)/bin
 
 export VENV PYTHON
@@ -25,7 +27,7 @@ demo: setup
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
 test: setup
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff check .
