@@ -173,7 +173,7 @@ def per_sentence_losses(
     if result.losses.dim() != 1 or len(result.losses) != n:
         raise ValueError(
             f"{method} returned losses of shape {tuple(result.losses.shape)}; needed is one loss a "
-            f"sentence, shape ({n},)"
+            f"sentence, shape (B,), B = {n} here"
         )
     if result.losses.element_size() < 4:
         raise ValueError(

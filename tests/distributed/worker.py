@@ -9,6 +9,7 @@ rank does not have.
 """
 
 import json
+import os
 import sys
 
 import tiny
@@ -94,3 +95,7 @@ def main():
 
 if __name__ == "__main__":
     main()
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo or of fairseq's data buffer may abort an orderly exit
