@@ -6,7 +6,7 @@ from typing import Dict, List, NamedTuple
 
 # --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
 HELD_OUT = {"train": 4000, "dev": 1000}  # sentences of the task, kept from pretraining
-SWAPS = 2  # pairs of neighbouring words exchanged in a disturbed sentence
+SWAPS = 3  # pairs of neighbouring words exchanged in a disturbed sentence
 VOCABULARY = 2000  # sentencepiece pieces
 
 SMALL_ROBERTA = [
