@@ -7,7 +7,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 
 from deltasam_fairseq.checkpoints import require_restore_file
-from deltasam_fairseq.criterions import has_per_sentence_losses
+from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
 
@@ -54,6 +54,28 @@ def _check_delta_sam(cfg: Any, optimizer: str) -> None:
         )
 
 
+def _check_criterion(cfg: Any) -> None:
+    """Options of this package's criterions, and what their inner backward passes rule out."""
+    name = _name(cfg.criterion)
+    cls = CRITERION_REGISTRY.get(name)
+    if cls is None or not issubclass(cls, RegularisedCriterion):
+        return
+    cls.check(cfg.criterion)
+    if not cls.regulariser_class.INNER_BACKWARD:
+        return
+    if getattr(cfg.model, "checkpoint_activations", False):
+        raise ValueError(
+            f"--checkpoint-activations cannot be combined with --criterion {name}: torch cannot "
+            "differentiate with respect to the embeddings through it; use r3f or r_drop, or "
+            "smaller batches with --update-freq"
+        )
+    if cfg.distributed_training.ddp_backend == "fully_sharded":
+        raise ValueError(
+            f"--ddp-backend fully_sharded cannot be combined with --criterion {name}: its inner "
+            "steps need the whole model; use --ddp-backend legacy_ddp or pytorch_ddp"
+        )
+
+
 def check_config(cfg: Any) -> None:
     """Check what this plugin adds to a run.
 
@@ -65,6 +87,7 @@ def check_config(cfg: Any) -> None:
         FileNotFoundError: for a checkpoint to start from that does not exist.
     """
     require_restore_file(cfg.checkpoint)
+    _check_criterion(cfg)
     optimizer = _name(cfg.optimizer)
     cls = OPTIMIZER_REGISTRY.get(optimizer)
     if cls is None or not issubclass(cls, SharpnessAwareOptimizer):

@@ -25,7 +25,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import Reweighting, guardedness, guardedness_sums, reweight
-from deltasam_fairseq.criterions import PerSentence, per_sentence_losses
+from deltasam_fairseq.criterions import (
+    PerSentence,
+    RegularisedCriterion,
+    per_sentence_losses,
+)
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
 from deltasam_fairseq.replay import Replay
 from deltasam_fairseq.update_log import UpdateLog
@@ -39,16 +43,18 @@ Prepared = Tuple[Dict[str, Any], bool]
 # of a sum of many terms in the precision of the model.
 _SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
-# Where a checkpoint's extra state holds the loss scaler's counters.
+# Where a checkpoint's extra state holds the loss scaler's counters, and the criterion's state.
 _SCALER = "deltasam_loss_scaler"
+_CRITERION = "deltasam_criterion"
 
 
 class SharpnessAwareTrainer(Trainer):
     """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
 
-    With any other optimizer it is fairseq's Trainer, untouched. Under data parallelism the
-    ascent adds one gradient reduction, delta-SAM one all-reduce of four float64 numbers; every
-    rank computes the same perturbation. All forwards of an update see the same dropout masks.
+    With any other optimizer an update is fairseq's, untouched; the criterion is told of it if it
+    is one of this package's. Under data parallelism the ascent adds one gradient reduction,
+    delta-SAM one all-reduce of four float64 numbers; every rank computes the same perturbation.
+    All forwards of an update see the same dropout masks.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -56,6 +62,7 @@ class SharpnessAwareTrainer(Trainer):
         self._update_log: Optional[UpdateLog] = None
         self._losses_checked = False
         self._ran_out_of_memory = False
+        self._last_update = 0
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
@@ -70,7 +77,23 @@ class SharpnessAwareTrainer(Trainer):
     @metrics.aggregate("train")
     def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
         """One update; the arguments and the result are fairseq's."""
-        sam = sharpness_aware(self.optimizer)
+        sam, criterion = sharpness_aware(self.optimizer), self.get_criterion()
+        if not isinstance(criterion, RegularisedCriterion):
+            return self._update(sam, samples, raise_oom)
+        self._last_update = self.get_num_updates()
+        criterion.before_update(
+            self.get_model(), self._float32_weights, self._last_update, self._loss_scale()
+        )
+        stats = self._update(sam, samples, raise_oom)
+        if self.get_num_updates() > self._last_update:  # once, also where fairseq re-enters here
+            self._last_update = self.get_num_updates()
+            criterion.after_update(self._float32_weights)
+        return stats
+
+    def _update(
+        self, sam: Optional[SharpnessAwareOptimizer], samples: List[Any], raise_oom: bool
+    ) -> Any:
+        """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
         if sam is None:
             return super().train_step(samples, raise_oom)
         sam.restore()  # fairseq re-enters here for an AMP retry, with the weights still perturbed
@@ -357,9 +380,22 @@ class SharpnessAwareTrainer(Trainer):
             return 1.0
         return scaler.get_scale() if self.cfg.common.amp else scaler.loss_scale
 
+    def _float32_weights(self) -> Dict[str, Tensor]:
+        """The model's weights by name, of half-precision ones the float32 masters if there are."""
+        masters = masters_of(self._optimizer) or {}
+        return {n: masters.get(p, p.data) for n, p in self.get_model().named_parameters()}
+
     # Checkpoints and logs
 
     def state_dict(self) -> Dict[str, Any]:
+        state = self._unperturbed_state_dict()
+        criterion = self.get_criterion()
+        keeps = not self.cfg.checkpoint.no_save_optimizer_state
+        if isinstance(criterion, RegularisedCriterion) and keeps:
+            state["extra_state"][_CRITERION] = criterion.regulariser.state_dict()
+        return state
+
+    def _unperturbed_state_dict(self) -> Dict[str, Any]:
         """fairseq's, of the unperturbed weights at any moment: crash.pt is saved inside a step.
 
         The step then goes on where it was, so that fairseq's NanDetector meets what broke it;
@@ -381,8 +417,11 @@ class SharpnessAwareTrainer(Trainer):
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """fairseq's, and the loss scaler's counters, without which a resumed run differs."""
+        """fairseq's, and what else a resumed run needs to go on as it would have."""
         extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        criterion = self.get_criterion()
+        if isinstance(criterion, RegularisedCriterion) and not reset_optimizer:
+            criterion.regulariser.load_state_dict((extra_state or {}).get(_CRITERION) or {})
         counters = (extra_state or {}).get(_SCALER)
         if counters and not reset_optimizer and sharpness_aware(self.optimizer) is not None:
             scaler = getattr(self.optimizer, "scaler", None)

@@ -36,11 +36,13 @@ def ranking(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_of(classification, language_modelling, translation, ranking):
-    """Data directory of each stock criterion."""
+    """Data directory of each criterion."""
     return {
-        "sentence_prediction": classification,
+        **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,
         "masked_lm": language_modelling,
         "cross_entropy": translation,
         "label_smoothed_cross_entropy": translation,
+        "seq2seq_r3f": translation,
+        "seq2seq_r_drop": translation,
     }

@@ -25,6 +25,9 @@ MODEL = (
 ).split()
 
 
+SENTENCE_CRITERIONS = ("sentence_prediction", "r3f", "r_drop", "freelb", "smart", "vat")
+
+
 def _write(prefix: Path, rows: Sequence[Sequence[int]]) -> None:
     prefix.parent.mkdir(parents=True, exist_ok=True)
     builder = indexed_dataset.MMapIndexedDatasetBuilder(f"{prefix}.bin", dtype=np.int32)
@@ -109,9 +112,10 @@ def arguments(
     data: Path, save_dir: Path, *more: str, criterion: str = "sentence_prediction"
 ) -> List[str]:
     """Command line of a short run; ``more`` comes last and wins."""
+    sentence_prediction = ["--task", "sentence_prediction", *MODEL, "--num-classes", "2"]
+    sentence_prediction += ["--init-token", "0", "--separator-token", "2"]
     task = {
-        "sentence_prediction": ["--task", "sentence_prediction", *MODEL, "--num-classes", "2"]
-        + ["--init-token", "0", "--separator-token", "2"],
+        **dict.fromkeys(SENTENCE_CRITERIONS, sentence_prediction),
         "sentence_ranking": ["--task", "sentence_ranking", *MODEL, "--num-classes", "2"]
         + ["--init-token", "0", "--separator-token", "2"],
         "masked_lm": ["--task", "masked_lm", *MODEL, "--sample-break-mode", "complete"]

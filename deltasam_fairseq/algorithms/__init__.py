@@ -1,5 +1,12 @@
 """The paper's mathematics: pure functions on tensors, no fairseq, no configuration, no logging."""
 
+from deltasam_fairseq.algorithms.adversary import (
+    freelb_start,
+    normalised,
+    project,
+    sentence_norm,
+)
+from deltasam_fairseq.algorithms.divergence import kl, squared_difference, symmetric_kl
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
@@ -28,19 +35,26 @@ __all__ = [
     "PROBE",
     "ROUNDING",
     "Ascent",
-    "Rounding",
     "Reweighting",
+    "Rounding",
     "asam_ascent_",
     "draw_direction_",
+    "freelb_start",
     "global_norm",
     "guardedness",
     "guardedness_sums",
+    "kl",
     "move_along_",
+    "normalised",
     "probe_generator",
+    "project",
     "resolvable_radius",
     "reweight",
     "round_stochastically",
     "sam_ascent_",
+    "sentence_norm",
+    "squared_difference",
+    "symmetric_kl",
     "unit_roundoff",
     "update_generator",
 ]

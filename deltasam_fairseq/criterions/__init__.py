@@ -1,9 +1,31 @@
-"""Per-sentence losses of fairseq's criterions."""
+"""Per-sentence losses of fairseq's criterions, and criterions with a regulariser.
 
+Importing the package registers the criterions r3f, r_drop, freelb, smart and vat, and seq2seq_r3f
+and seq2seq_r_drop.
+"""
+
+from deltasam_fairseq.criterions.freelb import FreeLBCriterion
 from deltasam_fairseq.criterions.per_sentence import (
     PerSentence,
     has_per_sentence_losses,
     per_sentence_losses,
 )
+from deltasam_fairseq.criterions.r3f import R3FCriterion, Seq2SeqR3FCriterion
+from deltasam_fairseq.criterions.r_drop import RDropCriterion, Seq2SeqRDropCriterion
+from deltasam_fairseq.criterions.regularised import RegularisedCriterion
+from deltasam_fairseq.criterions.smart import SMARTCriterion
+from deltasam_fairseq.criterions.vat import VATCriterion
 
-__all__ = ["PerSentence", "has_per_sentence_losses", "per_sentence_losses"]
+__all__ = [
+    "FreeLBCriterion",
+    "PerSentence",
+    "R3FCriterion",
+    "RDropCriterion",
+    "RegularisedCriterion",
+    "SMARTCriterion",
+    "Seq2SeqR3FCriterion",
+    "Seq2SeqRDropCriterion",
+    "VATCriterion",
+    "has_per_sentence_losses",
+    "per_sentence_losses",
+]

@@ -1,0 +1,128 @@
+"""What a task makes of a model's outputs: the loss of a sentence, and how far two outputs differ.
+
+A regulariser is written once, in these terms, and works for every kind of task. The *scores* that
+the functions take are what is computed once from a model's output: log-probabilities, or the
+predicted numbers.
+"""
+
+from typing import Tuple, Union
+
+import torch.nn.functional as F
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from torch import Tensor
+
+from deltasam_fairseq.algorithms import kl, squared_difference, symmetric_kl
+
+
+def _at_least_float32(x: Tensor) -> Tensor:
+    return x.float() if x.element_size() < 4 else x
+
+
+class Classification:
+    """Cross-entropy of classes.
+
+    Args:
+        targets: class numbers, shape (B,).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, shape (B, classes), of logits of that shape."""
+        return F.log_softmax(_at_least_float32(logits), dim=-1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Cross-entropy of every sentence, shape (B,), in nats."""
+        return F.nll_loss(scores, self.targets, reduction="none")
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL of every sentence, the sum of both directions, shape (B,)."""
+        return symmetric_kl(some, others)
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, shape (B,)."""
+        return 0.5 * symmetric_kl(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)`` of every sentence, shape (B,)."""
+        return kl(some, others)
+
+
+class Regression:
+    """Squared error.
+
+    Args:
+        targets: shape (B,).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Predictions, shape (B,), of outputs of shape (B, 1)."""
+        return _at_least_float32(outputs).view(-1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Squared error of every sentence, shape (B,)."""
+        return squared_difference(scores, self.targets.to(scores))
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Squared difference of every sentence, shape (B,); it has no direction."""
+        return squared_difference(some, others)
+
+    mean_divergence = divergence
+    directed_divergence = divergence
+
+
+class LabelSmoothedTokens:
+    """Label-smoothed cross-entropy of target tokens.
+
+    Everything is summed over a sentence's target tokens; padding adds nothing. Divided by the
+    number of target tokens, as fairseq does it, this is the mean over tokens.
+
+    Args:
+        targets: shape (B, T).
+        padding_idx: what stands for padding in targets.
+        smoothing: label smoothing, 0 to 1.
+        ignore_prefix_size: number of first target tokens that are left out.
+    """
+
+    def __init__(
+        self, targets: Tensor, padding_idx: int, smoothing: float, ignore_prefix_size: int = 0
+    ) -> None:
+        self.ignore_prefix_size = ignore_prefix_size
+        self.targets = targets[:, ignore_prefix_size:]
+        self.padding_idx = padding_idx
+        self.padding = self.targets.eq(padding_idx)
+        self.smoothing = smoothing
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, shape (B, T, vocabulary), of logits of that shape."""
+        return F.log_softmax(_at_least_float32(logits[:, self.ignore_prefix_size :]), dim=-1)
+
+    def losses_and_nll(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+        """Label-smoothed and plain cross-entropy of every sentence, shape (B,), in nats."""
+        losses, nll = label_smoothed_nll_loss(
+            scores, self.targets, self.smoothing, ignore_index=self.padding_idx, reduce=False
+        )
+        return losses.flatten(1).sum(dim=1), nll.flatten(1).sum(dim=1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Label-smoothed cross-entropy of every sentence, shape (B,), in nats."""
+        return self.losses_and_nll(scores)[0]
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL, the sum of both directions and over tokens, shape (B,)."""
+        return symmetric_kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, summed over tokens, shape (B,)."""
+        return 0.5 * self.divergence(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)``, summed over tokens, shape (B,)."""
+        return kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+
+
+Objective = Union[Classification, Regression, LabelSmoothedTokens]

@@ -1,0 +1,206 @@
+"""Base of the criterions with a regulariser: what they share, whatever the task.
+
+A regulariser is an object that makes the loss of every sentence out of forwards of a `Batch`. A
+criterion joins one of them with a kind of task. It takes part in training in two ways:
+
+- fairseq's own step, and SAM's ascent, call `forward` and then ``backward`` on its result;
+- delta-SAM's ascent calls `per_sentence_losses` and weighs them.
+
+A regulariser with backward passes of its own (the inner steps of FreeLB, SMART and VAT) takes them
+with ``torch.autograd.grad`` inside the forward, on the model out of its data-parallel wrapper:
+nothing lands in ``Parameter.grad`` before the one backward that fairseq calls, so accumulation,
+gradient reduction, loss scaling and dummy batches are fairseq's own. Gradients of weights that
+such an inner pass has already made (FreeLB) are handed over in that backward, see `Spent`.
+"""
+
+from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
+
+import torch
+from fairseq.dataclass import FairseqDataclass
+from torch import Tensor, nn
+from torch.nn import Parameter
+
+from deltasam_fairseq.criterions.batch import Batch
+from deltasam_fairseq.criterions.embeddings import unwrapped
+from deltasam_fairseq.criterions.options import check_options
+
+Weights = Callable[[], Dict[str, Tensor]]
+Gradients = Sequence[Optional[Tensor]]
+
+
+class Spent(NamedTuple):
+    """Gradients of a part of the loss whose graph is gone.
+
+    Attributes:
+        params: the weights.
+        grads: of that part, times ``scale``; None where a weight has no part in it.
+        scale: loss scale of the inner passes.
+    """
+
+    params: Sequence[Parameter]
+    grads: Gradients
+    scale: float
+
+
+class RegularisedLosses(NamedTuple):
+    """What a regulariser returns.
+
+    Attributes:
+        losses: loss of every sentence, regulariser included, shape (B,).
+        scores: of the clean forward, for accuracy and the like.
+        terms: figures for the log, one a sentence each, shape (B,).
+        spent: gradients that belong to the sum of the losses but not to their graph.
+    """
+
+    losses: Tensor
+    scores: Tensor
+    terms: Dict[str, Tensor]
+    spent: Optional[Spent] = None
+
+
+class _WithSpentGradients(torch.autograd.Function):
+    """The loss, whose backward adds gradients that are there already."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, spent: Spent, *params: Tensor) -> Tensor:
+        ctx.spent = spent
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
+        ratio = grad_output / ctx.spent.scale
+        grads = (g if g is None else g * ratio.to(g.dtype) for g in ctx.spent.grads)
+        return (grad_output, None, *grads)
+
+
+class Regulariser:
+    """Makes the loss of every sentence; one subclass a method.
+
+    Args:
+        cfg: the criterion's configuration.
+
+    Attributes:
+        TERMS: keys of the figures that it adds to the log, means over sentences (over target
+            tokens in sequence-to-sequence tasks).
+        INNER_BACKWARD: whether it has backward passes of its own.
+    """
+
+    TERMS: ClassVar[Tuple[str, ...]] = ()
+    INNER_BACKWARD: ClassVar[bool] = False
+
+    def __init__(self, cfg: Any) -> None:
+        raise NotImplementedError
+
+    def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
+        """Losses in training.
+
+        Args:
+            batch: model and mini-batch.
+            sum_only: whether gradients will be asked for of the sum of the losses alone.
+        """
+        raise NotImplementedError
+
+    def before_update(self, model: nn.Module, weights: Weights, update: int) -> None:
+        """Called before every update.
+
+        Args:
+            model: out of its wrappers.
+            weights: returns its weights by parameter name, float32 where there are masters.
+            update: number of updates done.
+        """
+
+    def after_update(self, weights: Weights) -> None:
+        """Called after every update that was made.
+
+        Args:
+            weights: returns the new ones, as in `before_update`.
+        """
+
+    def state_dict(self) -> Dict[str, Any]:
+        """What a resumed run needs beside the model's weights; tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Put a `state_dict` back."""
+
+
+class RegularisedCriterion:
+    """Mixin of the criterions; a kind of task provides `batch` and `logging_output`."""
+
+    regulariser_class: ClassVar[Type[Regulariser]]
+    config_class: ClassVar[Type[FairseqDataclass]]
+
+    def _set_up(self, cfg: Any) -> None:
+        self.check(cfg)
+        self.regulariser = self.regulariser_class(cfg)
+        self._loss_scale = 1.0
+
+    @classmethod
+    def check(cls, cfg: Any) -> None:
+        """Check the options before anything is loaded.
+
+        Raises:
+            ValueError: naming the option, its value, what is allowed and what to do.
+        """
+        check_options(cfg, cls.config_class)
+
+    def batch(self, model: nn.Module, sample: Dict[str, Any], loss_scale: float) -> Batch:
+        raise NotImplementedError
+
+    def logging_output(
+        self, model: nn.Module, sample: Dict[str, Any], batch: Batch, result: RegularisedLosses
+    ) -> Tuple[Any, Dict[str, Any]]:
+        """Sample size and figures for the log, as fairseq's criterions return them."""
+        raise NotImplementedError
+
+    def _compute(
+        self, model: nn.Module, sample: Dict[str, Any], sum_only: bool
+    ) -> Tuple[RegularisedLosses, Any, Dict[str, Any]]:
+        batch = self.batch(model, sample, self._loss_scale)
+        if model.training:
+            result = self.regulariser(batch, sum_only and torch.is_grad_enabled())
+        else:
+            scores = batch.scores()
+            result = RegularisedLosses(batch.objective.losses(scores), scores, {})
+        sample_size, logging_output = self.logging_output(model, sample, batch, result)
+        logging_output["loss"] = result.losses.detach().sum()
+        for key, term in result.terms.items():
+            logging_output[key] = term.detach().sum()
+        return result, sample_size, logging_output
+
+    def forward(
+        self, model: nn.Module, sample: Dict[str, Any], reduce: bool = True
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Sum of the losses, sample size, logging output, as of all of fairseq's criterions."""
+        result, sample_size, logging_output = self._compute(model, sample, sum_only=reduce)
+        if not reduce:
+            return result.losses, sample_size, logging_output
+        loss = result.losses.sum()
+        if result.spent is not None:
+            loss = _WithSpentGradients.apply(loss, result.spent, *result.spent.params)
+        return loss, sample_size, logging_output
+
+    def per_sentence_losses(
+        self, model: nn.Module, sample: Dict[str, Any]
+    ) -> Tuple[Tensor, Any, Dict[str, Any]]:
+        """Losses of shape (B,), sample size, logging output, for delta-SAM."""
+        result, sample_size, logging_output = self._compute(model, sample, sum_only=False)
+        return result.losses, sample_size, logging_output
+
+    # What the trainer says
+
+    def before_update(
+        self, model: nn.Module, weights: Weights, update: int, loss_scale: float
+    ) -> None:
+        """The trainer is about to make an update."""
+        self._loss_scale = loss_scale
+        self.regulariser.before_update(unwrapped(model), weights, update)
+
+    def after_update(self, weights: Weights) -> None:
+        """The trainer has made an update."""
+        self.regulariser.after_update(weights)
+
+
+def trainable(model: nn.Module) -> List[Parameter]:
+    """The model's weights that are trained."""
+    return [p for p in unwrapped(model).parameters() if p.requires_grad]
