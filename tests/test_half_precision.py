@@ -52,9 +52,7 @@ def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode)
 
 @in_all_modes
 @everywhere
-def test_no_second_copy_where_there_are_float32_masters(
-    classification, tmp_path, optimizer, mode
-):
+def test_no_second_copy_where_there_are_float32_masters(classification, tmp_path, optimizer, mode):
     trainer = build(classification, tmp_path, optimizer, mode)
     weights = sharpness_aware(trainer.optimizer).weights
     assert isinstance(weights, SwappedWeights if "memory" in mode else OverwrittenWeights)

@@ -98,9 +98,7 @@ class Twin:
     ],
 )
 @pytest.mark.parametrize("update_freq", [1, 2])
-def test_ten_updates_equal_the_twin(
-    classification, tmp_path, ascent, optimizer, more, update_freq
-):
+def test_ten_updates_equal_the_twin(classification, tmp_path, ascent, optimizer, more, update_freq):
     """Accumulated or not; bound: float64 rounding, through Adam, over ten updates."""
     trainer = trainer_of(classification, tmp_path, optimizer, *more)
     twin = Twin(trainer, ascent)

@@ -50,11 +50,15 @@ def sentences(n: int, seed: int, longest: int = 10) -> List[List[int]]:
 
 
 def write_classification(
-    path: Path, train: int = 32, valid: int = 16, longest: int = 10
+    path: Path,
+    train: int = 32,
+    valid: int = 16,
+    longest: int = 10,
+    names: Sequence[str] = ("0", "1"),
 ) -> Path:
     """sentence_prediction data: does the sentence hold more low words than high ones?"""
     words, labels = dictionary(), Dictionary()
-    for label in ("0", "1"):
+    for label in names:
         labels.add_symbol(label)
     for split, n, seed in (("train", train, 1), ("valid", valid, 2)):
         rows = sentences(n, seed, longest)
@@ -62,7 +66,7 @@ def write_classification(
         targets = [int(np.mean(row) < 4 + WORDS / 2) for row in rows]
         _write(
             path / "label" / split,
-            [[labels.index(str(t)), labels.eos()] for t in targets],
+            [[labels.index(names[t]), labels.eos()] for t in targets],
         )
         scores = "".join(f"{np.mean(row) / WORDS}\n" for row in rows)
         (path / "label" / f"{split}.label").write_text(scores)

@@ -9,6 +9,7 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
+from deltasam_fairseq.checkpoints import spectral_norm
 from deltasam_fairseq.checkpoints.literal import literal_eval
 from deltasam_fairseq.checkpoints.reading import Reader, read_from_peer, read_safely, torch_load_as
 
@@ -19,7 +20,8 @@ def install() -> None:
     Idempotent. Rebinds ``load_checkpoint_to_cpu`` and ``load_ema_from_checkpoint``, through
     which fairseq reads every checkpoint; ``_broadcast_object_slow``, with which rank 0 hands
     it to the other ranks (a peer, not a file: read as before torch 2.6); and gives those of
-    fairseq's modules that call ``eval`` :func:`literal_eval` for it.
+    fairseq's modules that call ``eval`` :func:`literal_eval` for it. Spectrally normalised
+    classification heads (R4F) are read as they were written.
 
     Under data parallelism: on every rank, before the first checkpoint is read.
     """
@@ -29,6 +31,7 @@ def install() -> None:
     for name, module in list(sys.modules.items()):
         if name.startswith("fairseq.") and _calls_eval(module):
             vars(module).setdefault("eval", literal_eval)
+    spectral_norm.install()
 
 
 def _rebind(module: Any, name: str, reader: Reader) -> None:

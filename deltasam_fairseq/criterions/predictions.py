@@ -31,7 +31,7 @@ class Predictions(Meter):
         return len(self.predicted)
 
 
-def class_ranks(label_dictionary: Any) -> List[int]:
+def class_ranks(label_dictionary: Any, num_classes: int) -> List[int]:
     """Number of each class in the order of the labels, by number if they are numbers.
 
     fairseq numbers classes by how often they occur, so that class 0 of MRPC may be label 1.
@@ -39,17 +39,19 @@ def class_ranks(label_dictionary: Any) -> List[int]:
     the last of two, ``1`` of ``0, 1``, as in GLUE. Labels may be any strings.
 
     Args:
-        label_dictionary: fairseq's dictionary of labels.
+        label_dictionary: fairseq's dictionary of labels; behind them it has a mask symbol.
+        num_classes: number of classes.
 
     Returns:
         rank of class i, for each class.
     """
-    labels = label_dictionary.symbols[label_dictionary.nspecial :]
+    first = label_dictionary.nspecial
+    labels = label_dictionary.symbols[first : first + num_classes]
     try:
         order = sorted(range(len(labels)), key=lambda i: float(labels[i]))
     except ValueError:
         order = sorted(range(len(labels)), key=lambda i: labels[i])
-    ranks = [0] * len(labels)
+    ranks = list(range(num_classes))
     for rank, i in enumerate(order):
         ranks[i] = rank
     return ranks

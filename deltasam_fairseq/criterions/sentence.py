@@ -55,7 +55,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
         self.regression_target = cfg.regression_target
         self.reports = [option for option in REPORTS if getattr(cfg, option)]
         if self.reports and not self.regression_target:
-            self.ranks = class_ranks(task.label_dictionary)
+            self.ranks = class_ranks(task.label_dictionary, task.cfg.num_classes)
 
     @classmethod
     def check(cls, cfg: Any) -> None:

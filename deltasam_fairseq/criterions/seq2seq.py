@@ -40,8 +40,8 @@ class Seq2SeqCriterion(RegularisedCriterion, LabelSmoothedCrossEntropyCriterion)
     def batch(self, model: Any, sample: Dict[str, Any], loss_scale: float) -> Batch:
         if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
             raise ValueError(
-                f"--criterion {self.config_class._name}: a model with --adaptive-softmax-cutoff "
-                "has no logits of the whole vocabulary; train without it"
+                f"{type(self).__name__}: a model with --adaptive-softmax-cutoff has no logits of "
+                "the whole vocabulary; train without it"
             )
         objective = LabelSmoothedTokens(
             model.get_targets(sample, None), self.padding_idx, self.eps, self.ignore_prefix_size
