@@ -11,7 +11,7 @@ masks are the same in all of them.
 
 import math
 from dataclasses import dataclass, field
-from typing import Any, List
+from typing import Any, Dict, List
 
 import torch
 from fairseq.criterions import register_criterion
@@ -23,7 +23,6 @@ from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.masks import SameMasks
 from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.regularised import (
-    Gradients,
     RegularisedLosses,
     Regulariser,
     Spent,
@@ -91,7 +90,7 @@ class FreeLB(Regulariser):
             return RegularisedLosses(batch.objective.losses(scores), scores, {})
         keep_graph = torch.is_grad_enabled() and not sum_only
         weights = trainable(batch.model) if sum_only else []
-        spent: Gradients = [None] * len(weights)
+        spent: Dict[Tensor, Tensor] = {}
         losses: List[Tensor] = []
         mask, zeros = batch.mask, batch.zeros()
         delta = freelb_start(mask, zeros.size(-1), self.init_mag, self.norm, zeros.dtype)
@@ -102,7 +101,9 @@ class FreeLB(Regulariser):
                 delta = delta.detach().requires_grad_()
                 step_losses = batch.objective.losses(batch.inner_scores(delta)) / self.steps
                 climb, *grads = batch.gradient(step_losses, delta, weights, keep_graph)
-            spent = _added(spent, grads)
+            for w, grad in zip(weights, grads):
+                if grad is not None:  # not in place: autograd may return one tensor twice
+                    spent[w] = spent[w] + grad if w in spent else grad
             losses.append(step_losses if keep_graph else step_losses.detach())
             delta = self._climbed(delta.detach(), climb)
         masks()
@@ -112,18 +113,13 @@ class FreeLB(Regulariser):
             torch.stack(losses).sum(dim=0),
             scores,
             {"adv_norm": sentence_norm(delta, self.norm).view(-1)},
-            Spent(weights, spent, batch.loss_scale) if weights else None,
+            Spent(list(spent), list(spent.values()), batch.loss_scale) if spent else None,
         )
 
     def _climbed(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """``project(delta + adv_lr g / ||g||)``."""
         delta = delta + self.lr * normalised(gradient, self.norm)
         return project(delta, self.max_norm, self.norm) if self.max_norm else delta
-
-
-def _added(some: Gradients, others: Gradients) -> Gradients:
-    """Sum of two lists of gradients; not in place, as autograd may return one tensor twice."""
-    return [b if a is None else a if b is None else a + b for a, b in zip(some, others)]
 
 
 @register_criterion("freelb", dataclass=FreeLBConfig)

@@ -50,26 +50,26 @@ class Classification:
 
 
 class Regression:
-    """Squared error.
+    """Squared error, summed over a sentence's targets; mostly it has one.
 
     Args:
-        targets: shape (B,).
+        targets: shape (B,), or (B x k,) for k targets a sentence.
     """
 
     def __init__(self, targets: Tensor) -> None:
         self.targets = targets
 
     def scores(self, outputs: Tensor) -> Tensor:
-        """Predictions, shape (B,), of outputs of shape (B, 1)."""
-        return _at_least_float32(outputs).view(-1)
+        """Predictions, shape (B, k), of outputs of that shape."""
+        return _at_least_float32(outputs)
 
     def losses(self, scores: Tensor) -> Tensor:
         """Squared error of every sentence, shape (B,)."""
-        return squared_difference(scores, self.targets.to(scores))
+        return self.divergence(scores, self.targets.view_as(scores).to(scores))
 
     def divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """Squared difference of every sentence, shape (B,); it has no direction."""
-        return squared_difference(some, others)
+        return squared_difference(some, others).sum(dim=1)
 
     mean_divergence = divergence
     directed_divergence = divergence

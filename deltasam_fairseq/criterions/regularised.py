@@ -25,20 +25,20 @@ from deltasam_fairseq.criterions.embeddings import unwrapped
 from deltasam_fairseq.criterions.options import check_options
 
 Weights = Callable[[], Dict[str, Tensor]]
-Gradients = Sequence[Optional[Tensor]]
 
 
 class Spent(NamedTuple):
     """Gradients of a part of the loss whose graph is gone.
 
     Attributes:
-        params: the weights.
-        grads: of that part, times ``scale``; None where a weight has no part in it.
+        weights: those that have a part in it. Others must not be named: a data-parallel wrapper
+            takes any weight of the graph for one that is used.
+        grads: of that part, times ``scale``.
         scale: loss scale of the inner passes.
     """
 
-    params: Sequence[Parameter]
-    grads: Gradients
+    weights: Sequence[Tensor]
+    grads: Sequence[Tensor]
     scale: float
 
 
@@ -62,15 +62,14 @@ class _WithSpentGradients(torch.autograd.Function):
     """The loss, whose backward adds gradients that are there already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, spent: Spent, *params: Tensor) -> Tensor:
+    def forward(ctx: Any, loss: Tensor, spent: Spent, *weights: Tensor) -> Tensor:
         ctx.spent = spent
-        return loss.view_as(loss)
+        return loss.clone()  # fairseq multiplies the loss of a dummy batch by 0, in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
         ratio = grad_output / ctx.spent.scale
-        grads = (g if g is None else g * ratio.to(g.dtype) for g in ctx.spent.grads)
-        return (grad_output, None, *grads)
+        return (grad_output, None, *(g * ratio.to(g.dtype) for g in ctx.spent.grads))
 
 
 class Regulariser:
@@ -177,7 +176,7 @@ class RegularisedCriterion:
             return result.losses, sample_size, logging_output
         loss = result.losses.sum()
         if result.spent is not None:
-            loss = _WithSpentGradients.apply(loss, result.spent, *result.spent.params)
+            loss = _WithSpentGradients.apply(loss, result.spent, *result.spent.weights)
         return loss, sample_size, logging_output
 
     def per_sentence_losses(

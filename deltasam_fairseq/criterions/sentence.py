@@ -94,7 +94,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
             "sample_size": sample_size,
         }
         scores = result.scores.detach()
-        predicted = scores if self.regression_target else scores.argmax(dim=1)
+        predicted = scores.view(-1) if self.regression_target else scores.argmax(dim=1)
         if not self.regression_target:
             log["ncorrect"] = (predicted == targets).sum()
         if self.reports and not model.training:

@@ -5,13 +5,14 @@
 The specification: ``world_size``, ``port`` and ``runs``, each with ``argv`` of fairseq-train,
 ``dtype``, ``out`` (prefix of the file that is written) and ``updates``: for each update, for each
 rank, for each micro-batch a list of sentence numbers; an empty list is a micro-batch that the
-rank does not have.
+rank does not have. With ``same_noise`` criterions draw noise that depends on the sentence only.
 """
 
 import json
 import os
 import sys
 
+import same_noise
 import tiny
 import torch
 import torch.distributed as dist
@@ -89,6 +90,8 @@ def main():
         spec = json.load(f)
     counts = []
     count_collectives(counts)
+    if spec["runs"][0].get("same_noise"):
+        same_noise.use()
     for each in spec["runs"]:
         run(each, int(sys.argv[2]), spec["world_size"], spec["port"], counts)
 
