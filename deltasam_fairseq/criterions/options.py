@@ -12,9 +12,11 @@ def option(default: Any, help: str, **limits: float) -> Any:
 
     Args:
         default: of the option.
-        help: says the unit, what the papers use, and what the limits do.
+        help: says what it is and its unit, then what the papers use; the default is added to it.
         limits: ``at_least``, ``above``, ``at_most``, ``below``.
     """
+    if default is not None:
+        help += f" (default: {default:g})"
     return dataclasses.field(default=default, metadata={"help": help, "limits": limits})
 
 

@@ -30,7 +30,7 @@ common: {{cpu: true, user_dir: {user_dir}, log_format: json, log_interval: 1, se
 checkpoint: {{save_dir: {save_dir}, no_epoch_checkpoints: true}}
 task: {{_name: sentence_prediction, data: {data}, num_classes: 2, init_token: 0}}
 dataset: {{batch_size: 8, num_workers: 0, disable_validation: true}}
-criterion: sentence_prediction
+criterion: {criterion}
 optimization: {{max_update: 2, lr: [0.001]}}
 lr_scheduler: fixed
 optimizer: {{_name: {optimizer}, sam_rho: 0.1}}
@@ -42,6 +42,12 @@ model:
   encoder_attention_heads: 2
   max_positions: 64
 """
+
+# The task takes these two from the criterion, before fairseq-hydra-train imports the plugin.
+SMART = (
+    "{_name: smart, regression_target: false, "
+    "classification_head_name: sentence_classification_head}"
+)
 
 
 def script(name):
@@ -91,11 +97,13 @@ def programs(classification, tmp_path_factory, user_dir):
         argv = tiny.arguments(classification, root / name / "run", *runs.SHORT, *more)
         return [*argv, "--max-update", "2", "--user-dir", user_dir]
 
-    def hydra(name, optimizer):
+    def hydra(name, optimizer, criterion="sentence_prediction"):
         config = root / name / "config"
         config.mkdir(parents=True)
         values = {"user_dir": user_dir, "save_dir": root / name / "run", "data": classification}
-        (config / "tiny.yaml").write_text(YAML.format(optimizer=optimizer, **values))
+        (config / "tiny.yaml").write_text(
+            YAML.format(optimizer=optimizer, criterion=criterion, **values)
+        )
         return ["--config-dir", config, "--config-name", "tiny"]
 
     two = ["--distributed-world-size", "2", "--ddp-backend", "legacy_ddp"]
@@ -105,6 +113,13 @@ def programs(classification, tmp_path_factory, user_dir):
         "module": ([*PYTHON, "fairseq_cli.train"], command_line("module", *DELTA_SAM)),
         "torchrun": ([*TORCHRUN, "-m", "fairseq_cli.train"], command_line("torchrun", *DELTA_SAM)),
         "hydra": ([script("fairseq-hydra-train")], hydra("hydra", "delta_sam_adam")),
+        "hydra with a criterion of ours": (
+            [script("fairseq-hydra-train")],
+            [
+                *hydra("hydra with a criterion of ours", "delta_sam_adam", SMART),
+                *("+criterion.smart_lambda=3", "+criterion.smart_momentum=0.9"),
+            ],
+        ),
         "hydra with a legacy base": (
             [*PYTHON, "fairseq_cli.hydra_train"],
             hydra("hydra with a legacy base", "delta_sam_adafactor"),
@@ -118,6 +133,7 @@ def programs(classification, tmp_path_factory, user_dir):
 
 
 TRAINS = ["spawned", "fairseq-train", "module", "torchrun", "hydra", "hydra with a legacy base"]
+TRAINS += ["hydra with a criterion of ours"]
 
 
 @pytest.mark.parametrize("name", TRAINS)
