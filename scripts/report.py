@@ -2,7 +2,7 @@
 
     python scripts/report.py RUNS/adam-seed1 RUNS/sam_adam-seed1 --metric accuracy --out report
 
-A run is a folder ``<optimizer>-seed<number>`` with the JSON log of fairseq in ``train.log``
+A run is a folder ``<method>-seed<number>`` with the JSON log of fairseq in ``train.log``
 (``--log-format json --log-file``).  Where ``<run>-sharpness/sharpness.json`` stands beside it, as
 ``python -m deltasam_fairseq.sharpness`` writes it, the sharpness of the minimum is in the table.
 """
@@ -23,7 +23,7 @@ Epoch = Dict[str, float]  # fairseq's figures at the end of an epoch: valid_loss
 class Run(NamedTuple):
     """One fine-tuning run: its epochs, and the sharpness of the weights that it ended with."""
 
-    optimizer: str
+    method: str
     seed: str
     epochs: List[Epoch]
     sharpness: Optional[float]
@@ -48,7 +48,7 @@ def read_run(folder: Path) -> Run:
     Raises:
         ValueError: there is no complete epoch in its log.
     """
-    optimizer, _, seed = folder.name.rpartition("-seed")
+    method, _, seed = folder.name.rpartition("-seed")
     epochs = read_epochs(folder / "train.log")
     if not epochs or "train_ups" not in epochs[-1]:
         raise ValueError(f"{folder / 'train.log'}: holds no complete epoch")
@@ -57,7 +57,7 @@ def read_run(folder: Path) -> Run:
     if measured.is_file():
         figures = json.loads(measured.read_text(encoding="utf-8"))
         sharpness = figures["sharpness"][-1]["per_batch"]["mean"]
-    return Run(optimizer, seed, epochs, sharpness)
+    return Run(method, seed, epochs, sharpness)
 
 
 def seconds(run: Run) -> float:
@@ -79,19 +79,19 @@ def mean(values: Sequence[Optional[float]], digits: int) -> str:
 
 
 def table(runs: Sequence[Run], metric: str) -> List[Dict[str, str]]:
-    """Return one row an optimizer, means over its seeds; times relative to the first."""
-    by_optimizer: Dict[str, List[Run]] = {}
+    """Return one row a method, means over its seeds; times relative to the first."""
+    by_method: Dict[str, List[Run]] = {}
     for run in runs:
-        by_optimizer.setdefault(run.optimizer, []).append(run)
+        by_method.setdefault(run.method, []).append(run)
     key = f"valid_{metric}"
-    first = statistics.mean(seconds(run) for run in next(iter(by_optimizer.values())))
+    first = statistics.mean(seconds(run) for run in next(iter(by_method.values())))
     rows = []
-    for optimizer, group in by_optimizer.items():
+    for method, group in by_method.items():
         time = statistics.mean(seconds(run) for run in group)
         last = [run.epochs[-1] for run in group]
         rows.append(
             {
-                "optimizer": optimizer,
+                "method": method,
                 "seeds": str(len(group)),
                 f"{metric}": mean([epoch.get(key) for epoch in last], 1),
                 f"best {metric}": mean([max(e.get(key, 0) for e in r.epochs) for r in group], 1),
@@ -102,7 +102,7 @@ def table(runs: Sequence[Run], metric: str) -> List[Dict[str, str]]:
                 "valid loss": mean([epoch.get("valid_loss") for epoch in last], 3),
                 "sharpness": mean([run.sharpness for run in group], 4),
                 "time (s)": f"{time:.1f}",
-                f"time / {next(iter(by_optimizer))}": f"{time / first:.2f}",
+                f"time / {next(iter(by_method))}": f"{time / first:.2f}",
             }
         )
     return rows
@@ -135,16 +135,16 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
         "train_sharpness": "sharpness, training",
     }
     figure = Figure(figsize=(12, 3.2), layout="constrained")
-    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r.optimizer for r in runs))}
+    colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r.method for r in runs))}
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
         labelled = set()
         for run in runs:
             points = [(epoch["epoch"], epoch[key]) for epoch in run.epochs if key in epoch]
             if not points:
                 continue
-            label = None if run.optimizer in labelled else run.optimizer
-            labelled.add(run.optimizer)
-            axes.plot(*zip(*points), marker="o", ms=3, color=colours[run.optimizer], label=label)
+            label = None if run.method in labelled else run.method
+            labelled.add(run.method)
+            axes.plot(*zip(*points), marker="o", ms=3, color=colours[run.method], label=label)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
@@ -156,7 +156,7 @@ def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
 def main() -> None:
     """Write ``report.md``, ``report.csv`` and ``curves.png``."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("runs", nargs="+", type=Path, help="folders <optimizer>-seed<number>")
+    parser.add_argument("runs", nargs="+", type=Path, help="folders <method>-seed<number>")
     parser.add_argument("--metric", default="accuracy", help="key of fairseq's log, less valid_")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     args = parser.parse_args()

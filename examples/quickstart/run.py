@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import itertools
 import os
 import sys
 import time
@@ -22,8 +23,10 @@ from typing import List, Optional, Tuple
 from settings import (
     ACCURACY,
     ADAM,
+    CRITERIONS,
     HELD_OUT,
     METRICS,
+    PLAIN,
     PRETRAINING,
     RECIPES,
     SMALL_RECIPE,
@@ -31,6 +34,7 @@ from settings import (
     SWAPS,
     VOCABULARY,
     Recipe,
+    criterion_options,
 )
 from stages import Stage, StageError, run_all
 
@@ -62,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gpt2-encoder-json", type=Path, help="for --bpe gpt2 (default: fetched by fairseq)")
     add("--gpt2-vocab-bpe", type=Path, help="for --bpe gpt2 (default: fetched by fairseq)")
     add("--optimizers", nargs="+", default=["adam", "sam_adam", "delta_sam_adam"])
+    add("--criterions", nargs="+", default=[PLAIN], help=f"of {', '.join(CRITERIONS)}")
     add("--seeds", "--seed", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
     add("--lr", type=float, help="learning rate (default: by task, see settings.py)")
     add("--batch-size", type=int, help="sentences (default: by task)")
@@ -103,6 +108,9 @@ def check(args: argparse.Namespace) -> Optional[str]:
     for optimizer in args.optimizers:
         if not optimizer.startswith(known):
             return f"--optimizers {optimizer}: not known; for example adam sam_adam delta_sam_adam"
+    for criterion in args.criterions:
+        if criterion not in CRITERIONS:
+            return f"--criterions {criterion}: not known; name some of {', '.join(CRITERIONS)}"
     for name in ("batch_size", "epochs", "cores"):
         value = getattr(args, name)
         if value is not None and value < 1:
@@ -219,7 +227,7 @@ def number_of_sentences(args: argparse.Namespace) -> int:
 def fine_tuning_stages(
     args: argparse.Namespace, extra: List[str], work: Path, data: Path
 ) -> List[Stage]:
-    """Return a training and a measuring stage for every optimizer and seed."""
+    """Return a training and a measuring stage for every criterion, optimizer and seed."""
     recipe, task = recipe_of(args), TASKS[args.task]
     metric = METRICS.get(args.task, ACCURACY)
     updates = recipe.epochs * -(-number_of_sentences(args) // recipe.batch_size)
@@ -235,14 +243,16 @@ def fine_tuning_stages(
     subsets = ",".join(split for split in split_files(args.task) if split != "train")
     stages = []
     for seed in args.seeds:
-        for optimizer in args.optimizers:
-            out = args.out / "runs" / args.task / f"{optimizer}-seed{seed}"
+        for criterion, optimizer in itertools.product(args.criterions, args.optimizers):
+            method = optimizer if criterion == PLAIN else f"{criterion}+{optimizer}"
+            out = args.out / "runs" / args.task / f"{method}-seed{seed}"
             sam = ["--sam-rho", recipe.rho] if "sam_" in optimizer else []
             if optimizer.startswith("delta_sam_"):
                 sam += ["--delta-sam-beta", recipe.beta]
             command = train(
                 *(data, "--user-dir", ROOT / "deltasam_fairseq"),
-                *("--task", "sentence_prediction", "--criterion", "sentence_prediction"),
+                *("--task", "sentence_prediction", "--criterion", criterion),
+                *criterion_options(criterion, args.task),
                 *("--num-classes", len(task.labels) or 1, "--init-token", 0),
                 *(("--separator-token", 2) if len(task.sentences) > 1 else ()),
                 *("--shorten-method", "truncate", *model, "--finetune-from-model", checkpoint),
@@ -252,11 +262,12 @@ def fine_tuning_stages(
                 *("--lr-scheduler", "polynomial_decay", "--total-num-update", updates),
                 *("--warmup-updates", int(recipe.warmup * updates)),
                 *("--batch-size", recipe.batch_size, "--required-batch-size-multiple", 1),
-                *("--max-epoch", recipe.epochs, "--seed", seed, "--valid-subset", subsets),
+                *("--max-epoch", recipe.epochs, "--max-update", updates, "--seed", seed),
+                *("--valid-subset", subsets),
                 *(*metric.flags, "--best-checkpoint-metric", metric.name),
                 *("--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *extra),
             )
-            name = f"{optimizer}, seed {seed}"
+            name = f"{method}, seed {seed}"
             stages.append(
                 Stage(f"fine-tune {name}", command, out, inputs, seconds.get(optimizer, 0))
             )
