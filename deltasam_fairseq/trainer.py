@@ -32,6 +32,7 @@ from deltasam_fairseq.criterions import (
 )
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
 from deltasam_fairseq.replay import Replay
+from deltasam_fairseq.run_state import load_run_state, run_state
 from deltasam_fairseq.update_log import UpdateLog
 
 logger = logging.getLogger(__name__)
@@ -42,10 +43,6 @@ Prepared = Tuple[Dict[str, Any], bool]
 # How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
 # of a sum of many terms in the precision of the model.
 _SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
-
-# Where a checkpoint's extra state holds the loss scaler's counters, and the criterion's state.
-_SCALER = "deltasam_loss_scaler"
-_CRITERION = "deltasam_criterion"
 
 
 class SharpnessAwareTrainer(Trainer):
@@ -388,14 +385,6 @@ class SharpnessAwareTrainer(Trainer):
     # Checkpoints and logs
 
     def state_dict(self) -> Dict[str, Any]:
-        state = self._unperturbed_state_dict()
-        criterion = self.get_criterion()
-        keeps = not self.cfg.checkpoint.no_save_optimizer_state
-        if isinstance(criterion, RegularisedCriterion) and keeps:
-            state["extra_state"][_CRITERION] = criterion.regulariser.state_dict()
-        return state
-
-    def _unperturbed_state_dict(self) -> Dict[str, Any]:
         """fairseq's, of the unperturbed weights at any moment: crash.pt is saved inside a step.
 
         The step then goes on where it was, so that fairseq's NanDetector meets what broke it;
@@ -403,15 +392,16 @@ class SharpnessAwareTrainer(Trainer):
         """
         sam = sharpness_aware(self.optimizer)
         if sam is None:
-            return super().state_dict()
-        log, moved = self._update_log, sam.weights.moved
-        if log is not None and not torch.isfinite(log.ascent_gnorm):
-            sam.weights.restore()
-        with sam.weights.suspended():
             state = super().state_dict()
-            if moved:  # what moves on must not move what is being saved
-                state["model"] = {k: v.clone() for k, v in state["model"].items()}
-        state["extra_state"][_SCALER] = self._scaler_counters()
+        else:
+            log, moved = self._update_log, sam.weights.moved
+            if log is not None and not torch.isfinite(log.ascent_gnorm):
+                sam.weights.restore()
+            with sam.weights.suspended():
+                state = super().state_dict()
+                if moved:  # what moves on must not move what is being saved
+                    state["model"] = {k: v.clone() for k, v in state["model"].items()}
+        state["extra_state"].update(run_state(self))
         return state
 
     def load_checkpoint(
@@ -419,27 +409,9 @@ class SharpnessAwareTrainer(Trainer):
     ) -> Any:
         """fairseq's, and what else a resumed run needs to go on as it would have."""
         extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
-        criterion = self.get_criterion()
-        if isinstance(criterion, RegularisedCriterion) and not reset_optimizer:
-            criterion.regulariser.load_state_dict((extra_state or {}).get(_CRITERION) or {})
-        counters = (extra_state or {}).get(_SCALER)
-        if counters and not reset_optimizer and sharpness_aware(self.optimizer) is not None:
-            scaler = getattr(self.optimizer, "scaler", None)
-            if scaler is None:  # saved in fp16, resumed in another precision
-                return extra_state
-            if self.cfg.common.amp:
-                scaler.load_state_dict(counters)
-            else:
-                vars(scaler).update({k: counters[k] for k in vars(scaler) if k in counters})
+        if not reset_optimizer:
+            load_run_state(self, extra_state or {})
         return extra_state
-
-    def _scaler_counters(self) -> Optional[Dict[str, Any]]:
-        scaler = getattr(self.optimizer, "scaler", None)
-        if scaler is None:
-            return None
-        if self.cfg.common.amp:
-            return scaler.state_dict()
-        return {name: value for name, value in vars(scaler).items() if name.startswith("_")}
 
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False

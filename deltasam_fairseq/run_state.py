@@ -1,0 +1,56 @@
+"""What a checkpoint holds beside fairseq's own, without which a resumed run would differ."""
+
+from typing import Any, Dict, Optional
+
+from fairseq.trainer import Trainer
+
+from deltasam_fairseq.criterions import RegularisedCriterion
+from deltasam_fairseq.optim import sharpness_aware
+
+# Keys of a checkpoint's extra state.
+_SCALER = "deltasam_loss_scaler"
+_CRITERION = "deltasam_criterion"
+
+
+def run_state(trainer: Trainer) -> Dict[str, Any]:
+    """State to save: counters of the loss scaler, averages of a criterion.
+
+    Args:
+        trainer: fairseq's, built.
+
+    Returns:
+        entries for the checkpoint's ``extra_state``: tensors and plain values.
+    """
+    state: Dict[str, Any] = {}
+    if sharpness_aware(trainer.optimizer) is not None:
+        state[_SCALER] = _scaler_counters(trainer)
+    criterion = trainer.get_criterion()
+    if isinstance(criterion, RegularisedCriterion):
+        if not trainer.cfg.checkpoint.no_save_optimizer_state:
+            state[_CRITERION] = criterion.regulariser.state_dict()
+    return state
+
+
+def load_run_state(trainer: Trainer, state: Dict[str, Any]) -> None:
+    """Put a `run_state` back; what is missing is left as it is at the start of a run."""
+    criterion = trainer.get_criterion()
+    if isinstance(criterion, RegularisedCriterion):
+        criterion.regulariser.load_state_dict(state.get(_CRITERION) or {})
+    counters = state.get(_SCALER)
+    scaler = getattr(trainer.optimizer, "scaler", None)
+    # There is none where a run saved in fp16 is resumed in another precision.
+    if not counters or scaler is None or sharpness_aware(trainer.optimizer) is None:
+        return
+    if trainer.cfg.common.amp:
+        scaler.load_state_dict(counters)
+    else:
+        vars(scaler).update({k: counters[k] for k in vars(scaler) if k in counters})
+
+
+def _scaler_counters(trainer: Trainer) -> Optional[Dict[str, Any]]:
+    scaler = getattr(trainer.optimizer, "scaler", None)
+    if scaler is None:
+        return None
+    if trainer.cfg.common.amp:
+        return scaler.state_dict()
+    return {name: value for name, value in vars(scaler).items() if name.startswith("_")}
