@@ -25,7 +25,7 @@ MODEL = (
 ).split()
 
 
-SENTENCE_CRITERIONS = ("sentence_prediction", "r3f", "r_drop", "freelb", "smart", "vat")
+SENTENCE_CRITERIONS = ("sentence_prediction", "plain", "r3f", "r_drop", "freelb", "smart", "vat")
 
 
 def _write(prefix: Path, rows: Sequence[Sequence[int]]) -> None:

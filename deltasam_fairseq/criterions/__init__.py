@@ -1,7 +1,7 @@
 """Per-sentence losses of fairseq's criterions, and criterions with a regulariser.
 
-Importing the package registers the criterions r3f, r_drop, freelb, smart and vat, and seq2seq_r3f
-and seq2seq_r_drop.
+Importing the package registers the criterions plain, r3f, r_drop, freelb, smart and vat, and
+seq2seq_r3f and seq2seq_r_drop.
 """
 
 from deltasam_fairseq.criterions.freelb import FreeLBCriterion
@@ -10,6 +10,7 @@ from deltasam_fairseq.criterions.per_sentence import (
     has_per_sentence_losses,
     per_sentence_losses,
 )
+from deltasam_fairseq.criterions.plain import PlainCriterion
 from deltasam_fairseq.criterions.r3f import R3FCriterion, Seq2SeqR3FCriterion
 from deltasam_fairseq.criterions.r_drop import RDropCriterion, Seq2SeqRDropCriterion
 from deltasam_fairseq.criterions.regularised import RegularisedCriterion
@@ -19,6 +20,7 @@ from deltasam_fairseq.criterions.vat import VATCriterion
 __all__ = [
     "FreeLBCriterion",
     "PerSentence",
+    "PlainCriterion",
     "R3FCriterion",
     "RDropCriterion",
     "RegularisedCriterion",

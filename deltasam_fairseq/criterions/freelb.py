@@ -26,6 +26,7 @@ from deltasam_fairseq.criterions.regularised import (
     RegularisedLosses,
     Regulariser,
     Spent,
+    plain_losses,
     trainable,
 )
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
@@ -86,8 +87,7 @@ class FreeLB(Regulariser):
         sentences' weights are known, for half a backward a step more.
         """
         if not self.steps:
-            scores = batch.scores()
-            return RegularisedLosses(batch.objective.losses(scores), scores, {})
+            return plain_losses(batch)
         keep_graph = torch.is_grad_enabled() and not sum_only
         weights = trainable(batch.model) if sum_only else []
         spent: Dict[Tensor, Tensor] = {}

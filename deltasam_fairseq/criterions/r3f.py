@@ -18,7 +18,7 @@ from fairseq.dataclass import ChoiceEnum
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.masks import SameMasks
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser
+from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
 
@@ -66,8 +66,7 @@ class R3F(Regulariser):
 
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
         if not self.weight:
-            scores = batch.scores()
-            return RegularisedLosses(batch.objective.losses(scores), scores, {})
+            return plain_losses(batch)
         noise = batch.noise(self.noise_type, self.eps)
         masks = SameMasks(batch.tokens.device, wanted=self.same_dropout)
         scores = batch.scores()

@@ -13,7 +13,7 @@ from fairseq.criterions import register_criterion
 
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser
+from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
 
@@ -39,10 +39,9 @@ class RDrop(Regulariser):
         self.alpha: float = cfg.r_drop_alpha
 
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
-        first, objective = batch.scores(), batch.objective
         if not self.alpha:
-            return RegularisedLosses(objective.losses(first), first, {})
-        second = batch.scores()
+            return plain_losses(batch)
+        first, second, objective = batch.scores(), batch.scores(), batch.objective
         divergence = objective.mean_divergence(first, second)
         task_losses = 0.5 * (objective.losses(first) + objective.losses(second))
         return RegularisedLosses(

@@ -58,6 +58,12 @@ class RegularisedLosses(NamedTuple):
     spent: Optional[Spent] = None
 
 
+def plain_losses(batch: Batch) -> RegularisedLosses:
+    """The task's losses, from one forward."""
+    scores = batch.scores()
+    return RegularisedLosses(batch.objective.losses(scores), scores, {})
+
+
 class _WithSpentGradients(torch.autograd.Function):
     """The loss, whose backward adds gradients that are there already."""
 
@@ -159,8 +165,7 @@ class RegularisedCriterion:
         if model.training:
             result = self.regulariser(batch, sum_only and torch.is_grad_enabled())
         else:
-            scores = batch.scores()
-            result = RegularisedLosses(batch.objective.losses(scores), scores, {})
+            result = plain_losses(batch)
         sample_size, logging_output = self.logging_output(model, sample, batch, result)
         logging_output["loss"] = result.losses.detach().sum()
         for key, term in result.terms.items():

@@ -19,7 +19,7 @@ from deltasam_fairseq.algorithms import normalised, sentence_norm, unit_roundoff
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.masks import SameMasks
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser
+from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 
 
@@ -65,8 +65,7 @@ class VAT(Regulariser):
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
         objective = batch.objective
         if not self.alpha:
-            scores = batch.scores()
-            return RegularisedLosses(objective.losses(scores), scores, {})
+            return plain_losses(batch)
         direction = normalised(batch.noise("normal", 1.0), 2)
         xi = self._step(batch) if self.xi is None else self.xi
         masks = SameMasks(batch.tokens.device)
