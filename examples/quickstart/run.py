@@ -36,13 +36,13 @@ from settings import (
     Recipe,
     criterion_options,
 )
-from stages import Stage, StageError, run_all
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from prepare_glue import TASKS, split_files  # noqa: E402
+from stages import Stage, StageError, run_all  # noqa: E402
 
 PYTHON = sys.executable
 FAIRSEQ_TRAIN = [PYTHON, "-m", "fairseq_cli.train"]

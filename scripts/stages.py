@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import hashlib
 import json
 import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
-from typing import List, NamedTuple, Sequence
+from typing import Dict, List, NamedTuple, Optional, Sequence
 
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
@@ -30,6 +32,7 @@ class Stage(NamedTuple):
         out: the folder in which the results are found afterwards.
         inputs: folders of earlier stages that it reads; remade whenever one of them was.
         seconds: expected on two cores, 0 if not known.
+        spare: patterns of files that are removed when it is done.
     """
 
     title: str
@@ -37,6 +40,7 @@ class Stage(NamedTuple):
     out: Path
     inputs: Sequence[Path] = ()
     seconds: int = 0
+    spare: Sequence[str] = ()
 
 
 def fingerprint(stage: Stage) -> str:
@@ -75,7 +79,18 @@ def progress(log: Path) -> str:
     return ""
 
 
-def run(stage: Stage, position: str, cores: int) -> None:
+def is_done(stage: Stage) -> bool:
+    """Whether the stage's folder is there, complete, and made by the same command."""
+    return read_stamp(stage.out).get("fingerprint") == fingerprint(stage)
+
+
+def run(
+    stage: Stage,
+    position: str,
+    cores: int,
+    environment: Optional[Dict[str, str]] = None,
+    stop: Optional[threading.Event] = None,
+) -> None:
     """Run one stage, unless its folder is there and complete.
 
     The command writes to ``<out>.partial``, renamed at the end.  A partial folder of the same
@@ -85,7 +100,7 @@ def run(stage: Stage, position: str, cores: int) -> None:
         StageError: the command failed.
     """
     mark = fingerprint(stage)
-    if read_stamp(stage.out).get("fingerprint") == mark:
+    if is_done(stage):
         print(f"[{position}] {stage.title}: already there", flush=True)
         return
     partial = stage.out.with_name(stage.out.name + ".partial")
@@ -100,12 +115,10 @@ def run(stage: Stage, position: str, cores: int) -> None:
     with log.open("ab") as output:
         # Threads that wait asleep: a busy machine would stall ones that wait awake.
         threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
-        environment = {**os.environ, **threads, "PYTHONHASHSEED": "0"}
-        process = subprocess.Popen(
-            command, stdout=output, stderr=subprocess.STDOUT, env=environment
-        )
+        variables = {**os.environ, **threads, "PYTHONHASHSEED": "0", **(environment or {})}
+        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
         try:
-            watch(process, stage, position, log, begin)
+            watch(process, stage, position, log, begin, stop)
         except BaseException:
             process.terminate()
             process.wait()
@@ -116,6 +129,9 @@ def run(stage: Stage, position: str, cores: int) -> None:
             f"{stage.title} failed with code {process.returncode}\n{shown}\nlog: {log}"
         )
     seconds = round(time.monotonic() - begin, 1)
+    for pattern in stage.spare:
+        for path in partial.glob(pattern):
+            path.unlink()
     started.unlink()
     stamp = {"fingerprint": mark, "command": list(stage.command), "seconds": seconds}
     (partial / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
@@ -123,9 +139,20 @@ def run(stage: Stage, position: str, cores: int) -> None:
     partial.rename(stage.out)
 
 
-def watch(process: subprocess.Popen, stage: Stage, position: str, log: Path, begin: float) -> None:
-    """Show the elapsed and the expected time and the newest figures until the process ends."""
-    live = sys.stdout.isatty()
+def watch(
+    process: subprocess.Popen,
+    stage: Stage,
+    position: str,
+    log: Path,
+    begin: float,
+    stop: Optional[threading.Event] = None,
+) -> None:
+    """Show the elapsed and the expected time and the newest figures until the process ends.
+
+    Raises:
+        StageError: ``stop`` was set.
+    """
+    live = sys.stdout.isatty() and threading.current_thread() is threading.main_thread()
     expected = f" of about {stage.seconds} s" if stage.seconds else ""
     if not live:
         print(f"[{position}] {stage.title}{expected and ':' + expected[3:]}", flush=True)
@@ -135,6 +162,8 @@ def watch(process: subprocess.Popen, stage: Stage, position: str, log: Path, beg
             process.wait(timeout=0.5)
         except subprocess.TimeoutExpired:
             pass
+        if stop is not None and stop.is_set():
+            raise StageError(f"{stage.title} was stopped")
         now = time.monotonic()
         ended = process.returncode is not None
         line = f"[{position}] {stage.title}: {now - begin:.0f} s{'' if ended else expected}"
@@ -152,6 +181,55 @@ def watch(process: subprocess.Popen, stage: Stage, position: str, log: Path, beg
 def remove(folder: Path) -> None:
     """Remove a folder that may not be there."""
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_side_by_side(
+    stages: Sequence[Stage], cores: int, environments: Sequence[Dict[str, str]]
+) -> Dict[str, str]:
+    """Run stages that do not depend on each other, as many at a time as there are environments.
+
+    A stage that fails does not stop the others.
+
+    Args:
+        stages: to run.
+        cores: threads of each.
+        environments: variables of each place to run at, such as CUDA_VISIBLE_DEVICES.
+
+    Returns:
+        title -> message of the stages that failed.
+    """
+    waiting = [(f"{i}/{len(stages)}", stage) for i, stage in enumerate(stages, start=1)]
+    waiting.reverse()
+    failed: Dict[str, str] = {}
+    took: List[float] = []
+    stop = threading.Event()
+    todo = sum(not is_done(stage) for stage in stages)
+
+    def work(environment: Dict[str, str]) -> None:
+        while waiting and not stop.is_set():
+            position, stage = waiting.pop()
+            fresh, begin = not is_done(stage), time.monotonic()
+            try:
+                run(stage, position, cores, environment, stop)
+            except StageError as error:
+                failed[stage.title] = str(error)
+                print(f"[{position}] {stage.title}: FAILED, going on with the others", flush=True)
+            if fresh:
+                took.append(time.monotonic() - begin)
+                left = (todo - len(took)) * sum(took) / len(took) / len(environments)
+                print(
+                    f"{len(took)} of {todo} runs done, about {left / 60:.0f} min left", flush=True
+                )
+
+    with concurrent.futures.ThreadPoolExecutor(len(environments)) as pool:
+        futures = [pool.submit(work, environment) for environment in environments]
+        try:
+            for future in futures:
+                future.result()
+        except BaseException:
+            stop.set()
+            raise
+    return failed
 
 
 def run_all(stages: Sequence[Stage], cores: int) -> None:

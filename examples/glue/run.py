@@ -1,0 +1,230 @@
+"""Fine-tune on GLUE: tasks x methods x seeds, and the report that compares them.
+
+    python examples/glue/run.py --glue-dir GLUE --checkpoint roberta.large/model.pt \\
+        --backbone roberta_large --tasks CoLA RTE --methods adam sam delta_sam r3f+delta_sam \\
+        --seeds 1 2 3 4 5 --out results/glue
+
+Every run is a fairseq-hydra-train command made of ``config/``: what all share, a backbone, a
+recipe (backbone and task), methods.  What follows ``--`` are overrides for all of them.  The same
+command skips what is done and goes on with what was cut.  ``--list`` shows the runs, ``--only N``
+makes the N-th alone, as slurm.sbatch does.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from typing import Dict, List, Optional
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).resolve().parent / "config"
+SCRIPTS = ROOT / "scripts"
+sys.path.insert(0, str(SCRIPTS))
+
+from stages import Stage, StageError, run_all, run_side_by_side  # noqa: E402
+
+PYTHON = sys.executable
+GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
+OPTIMIZERS = ("adam", "sam", "delta_sam")
+REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat")
+PRECISIONS: Dict[str, List[str]] = {
+    "fp32": [],
+    "fp16": ["common.fp16=true"],
+    "bf16": ["common.bf16=true"],
+}
+
+
+def names(folder: Path) -> List[str]:
+    """Return the names of a group of configurations."""
+    return sorted(p.stem for p in folder.iterdir())
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = argparse.ArgumentParser(
+        description=__doc__.splitlines()[0],
+        epilog="What follows -- are overrides for every fairseq-hydra-train.",
+    )
+    add = options.add_argument
+    add("--glue-dir", type=Path, help="folder with a folder a task of GLUE's TSV files")
+    add("--data", type=Path, help="instead of --glue-dir: folder with prepared <task> folders")
+    add("--checkpoint", type=Path, required=True, help="fairseq's model.pt to start from")
+    add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
+    add("--backbone", required=True, choices=names(CONFIG / "backbone"))
+    add("--recipe", help="folder of config/recipe (default: that of the backbone)")
+    add("--tasks", nargs="+", default=list(GLUE), choices=GLUE)
+    add(
+        "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
+    )
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    add(
+        "--bpe",
+        default="gpt2",
+        choices=("gpt2", "sentencepiece", "wordpiece"),
+        help="for --glue-dir",
+    )
+    add("--bpe-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of prepare_glue.py")
+    add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
+    add("--jobs", type=int, help="runs at a time (default: one a GPU, or one)")
+    add("--cores", type=int, default=2, help="CPU threads of each run (default: 2)")
+    add("--keep", choices=("best", "none"), default="best", help="checkpoints to keep")
+    add("--out", type=Path, required=True, help="folder of the results")
+    add("--list", action="store_true", help="show the runs and end")
+    add("--only", type=int, metavar="N", help="make the N-th run alone, from 0; no report")
+    return options
+
+
+def method_configs(method: str, task: str) -> List[str]:
+    """Return the files of config/method that a method is made of.
+
+    A method is an optimizer, a regulariser, or both with a plus sign between: ``r3f+delta_sam``.  A
+    regulariser alone goes with plain Adam.
+
+    Raises:
+        ValueError: for a name that is none of them.
+    """
+    parts = method.split("+")
+    for part in parts:
+        if part not in OPTIMIZERS + REGULARISERS:
+            raise ValueError(
+                f"--methods {method}: {part} is not known; of "
+                f"{', '.join(OPTIMIZERS + REGULARISERS)} take one optimizer, one regulariser, or "
+                "both joined by +"
+            )
+    optimizers = [part for part in parts if part in OPTIMIZERS]
+    regularisers = [part for part in parts if part in REGULARISERS]
+    if len(optimizers) > 1 or len(regularisers) > 1:
+        raise ValueError(f"--methods {method}: at most one optimizer and one regulariser")
+    of_task = [f"{part}_{task}" for part in regularisers]
+    files = [t if (CONFIG / "method" / f"{t}.yaml").is_file() else p
+             for t, p in zip(of_task, regularisers)]  # fmt: skip
+    return [*(optimizers or ["adam"]), *files]
+
+
+def check(args: argparse.Namespace) -> Optional[str]:
+    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    args.recipe = args.recipe or args.backbone
+    args.dict = args.dict or args.checkpoint.parent / "dict.txt"
+    if (args.glue_dir is None) == (args.data is None):
+        return "give either --glue-dir, GLUE's TSV files, or --data, prepared data"
+    if not args.checkpoint.is_file():
+        return f"--checkpoint {args.checkpoint}: no such file; give fairseq's model.pt"
+    if args.glue_dir is not None and not args.dict.is_file():
+        return f"--dict {args.dict}: no such file; give the dict.txt of the checkpoint"
+    for task in args.tasks:
+        recipe = CONFIG / "recipe" / args.recipe / f"{task}.yaml"
+        if not recipe.is_file():
+            known = ", ".join(names(CONFIG / "recipe"))
+            return f"--recipe {args.recipe}: {recipe} is missing; there are {known}"
+        if args.data is not None and not (args.data / task / "label").is_dir():
+            return f"--data {args.data}: {args.data / task}/label is missing; use --glue-dir"
+    try:
+        for method, task in itertools.product(args.methods, args.tasks):
+            method_configs(method, task)
+    except ValueError as e:
+        return str(e)
+    return None
+
+
+def preparation(args: argparse.Namespace) -> List[Stage]:
+    """Return the stages that encode the tasks; sets where their data is."""
+    if args.data is not None:
+        return []
+    args.data = args.out / "data"
+    bpe = [word for option in args.bpe_options for word in ("--" + option).split("=", 1)]
+    return [
+        Stage(
+            f"encode {task}",
+            [
+                *(PYTHON, str(SCRIPTS / "prepare_glue.py"), "--glue-dir", str(args.glue_dir)),
+                *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
+                *("--out", "{out}"),
+            ],
+            args.data / task,
+        )
+        for task in args.tasks
+    ]
+
+
+def training(args: argparse.Namespace, overrides: List[str], gpus: int) -> List[Stage]:
+    """Return a stage a run, the runs of a seed together so that early reports compare methods."""
+    precision = args.precision or ("fp16" if gpus else "fp32")
+    stages = []
+    for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods):
+        command = [
+            *(PYTHON, "-m", "fairseq_cli.hydra_train"),
+            *("--config-dir", str(CONFIG), "--config-name", "glue"),
+            f"+backbone={args.backbone}",
+            f"+recipe={args.recipe}/{task}",
+            f"+method=[{','.join(method_configs(method, task))}]",
+            f"common.user_dir={ROOT / 'deltasam_fairseq'}",
+            f"common.seed={seed}",
+            f"common.cpu={str(not gpus).lower()}",
+            *PRECISIONS[precision],
+            f"task.data={args.data / task}",
+            f"checkpoint.finetune_from_model={args.checkpoint}",
+            "checkpoint.save_dir={out}",
+            "common.log_file={out}/train.log",
+            "hydra.run.dir={out}/hydra",
+            "distributed_training.distributed_world_size=1",
+            # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+            "dataset.data_buffer_size=0",
+            *overrides,
+        ]
+        spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
+        out = args.out / task / f"{method}-seed{seed}"
+        title = f"{task} {method} seed {seed}"
+        stages.append(Stage(title, command, out, [args.data / task], spare=spare))
+    return stages
+
+
+def main() -> int:
+    """Run what is missing, then write the report; return the exit code."""
+    words = sys.argv[1:]
+    split = words.index("--") if "--" in words else len(words)
+    options = parser()
+    args, overrides = options.parse_args(words[:split]), words[split + 1 :]
+    wrong = check(args)
+    if wrong is not None:
+        options.exit(2, f"run.py: {wrong}\n")
+
+    import torch
+
+    for name in ("out", "checkpoint", "dict", "glue_dir", "data"):
+        path = getattr(args, name)
+        setattr(args, name, None if path is None else path.absolute())
+    gpus = torch.cuda.device_count()
+    jobs = args.jobs or max(gpus, 1)
+    places = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {} for i in range(jobs)]
+    encoding, runs = preparation(args), training(args, overrides, gpus)
+    if args.list:
+        for number, stage in enumerate(runs):
+            print(f"{number:4} {stage.title}")
+        return 0
+    if args.only is not None and not 0 <= args.only < len(runs):
+        options.exit(2, f"run.py: --only {args.only}: there are runs 0 to {len(runs) - 1}\n")
+    try:
+        run_all(encoding, args.cores)
+        if args.only is not None:
+            run_all([runs[args.only]], args.cores)
+            return 0
+        failed = run_side_by_side(runs, args.cores, places)
+    except StageError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    for message in failed.values():
+        print(message, file=sys.stderr)
+    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done")
+    report = [PYTHON, str(SCRIPTS / "glue_report.py"), str(args.out)]
+    code = subprocess.call([*report, "--out", str(args.out / "report")])
+    return code or bool(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
