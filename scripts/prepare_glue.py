@@ -1,123 +1,173 @@
-"""Turn a GLUE task's TSV files into the folder that fairseq's sentence_prediction task reads.
+"""Turn GLUE's TSV files, or your own, into the folder that fairseq's sentence_prediction reads.
 
     python scripts/prepare_glue.py --glue-dir GLUE --task CoLA --out CoLA-bin \\
-        --dict roberta.base/dict.txt --bpe gpt2 \\
-        --gpt2-encoder-json encoder.json --gpt2-vocab-bpe vocab.bpe
+        --dict roberta.base/dict.txt --bpe gpt2
 
 ``CoLA-bin/`` then holds ``input0/``, ``input1/`` (tasks of sentence pairs) and ``label/``, each
 with its ``dict.txt`` and the datasets ``train`` and ``valid`` (MNLI: also ``valid1``, the
-mismatched part).  GLUE's TSV files know no quoting: a quotation mark is part of the sentence.
+mismatched part).  If there is a ``test.tsv``, its sentences become the dataset ``test`` without
+labels (MNLI: also ``test1``) and its ids ``id/test.txt``.  ``task.json`` tells a program that
+predicts what it needs: the labels by class number, and the scale of a score (STS-B: 5; the data has
+score / scale, so score = scale * prediction).
+
+Several tasks (--task CoLA RTE, or --task all) go to OUT/CoLA-bin, OUT/RTE-bin.  What is finished is
+skipped when the command is run again, unless its files or options have changed.
+
+Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
+``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
+line) or numbered from 1 (they have none): for sentence<TAB>label it is ``--columns 1 2``.  Labels
+are any text; --regression is for scores.
+
+--dict and the files of the BPE may be URLs.  One that ends in #sha256=HEX is checked.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
-import shutil
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Tuple
+from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
+from glue_cache import local_file, sha256
+from glue_tasks import GLUE, TASKS, GlueError, Task, own_task
 
-class Task(NamedTuple):
-    """Where a task keeps its sentences and labels: column numbers, from 0, or -1 from the end."""
+if TYPE_CHECKING:
+    from binarize import Encoding
 
-    sentences: Tuple[int, ...]
-    label: int
-    labels: Tuple[str, ...]  # in the order of their class numbers; empty for regression
-    header: bool = True
-    valid: Tuple[str, ...] = ("dev",)
-    exact: int = 0  # rows that have another number of columns are left out; 0: are an error
-
-
-TASKS: Dict[str, Task] = {
-    "CoLA": Task((3,), 1, ("0", "1"), header=False),
-    "MNLI": Task(
-        (8, 9),
-        -1,
-        ("contradiction", "entailment", "neutral"),
-        valid=("dev_matched", "dev_mismatched"),
-    ),
-    "MRPC": Task((3, 4), 0, ("0", "1")),
-    "QNLI": Task((1, 2), -1, ("entailment", "not_entailment")),
-    "QQP": Task((3, 4), 5, ("0", "1"), exact=6),  # its files have a few broken rows
-    "RTE": Task((1, 2), -1, ("entailment", "not_entailment")),
-    "SST-2": Task((0,), 1, ("0", "1")),
-    "STS-B": Task((-3, -2), -1, ()),
-    "ORDER": Task((0,), 1, ("0", "1")),  # the built-in task of the quick start
+FAIRSEQ_URL = "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
+# GPT-2's own files: the checksums are those of OpenAI's.
+GPT2_ENCODER = "196139668be63f3b5d6574427317ae82f612a97c5d1cdaf36ed2256dbf636783"
+GPT2_VOCAB = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
+# BPE -> its files, and where they are if the command line does not say
+BPE_FILES: Dict[str, Dict[str, Optional[str]]] = {
+    "gpt2": {
+        "gpt2_encoder_json": f"{FAIRSEQ_URL}/encoder.json#sha256={GPT2_ENCODER}",
+        "gpt2_vocab_bpe": f"{FAIRSEQ_URL}/vocab.bpe#sha256={GPT2_VOCAB}",
+    },
+    "sentencepiece": {"sentencepiece_model": None},
+    "wordpiece": {"wordpiece_vocab": None},
 }
-STS_B_RANGE = 5.0  # its scores are 0 to 5; the model learns 0 to 1
 
 
 def split_files(name: str) -> Dict[str, str]:
-    """Return the split of fairseq's data -> the TSV file, without its ending."""
-    valid = {"valid" + (str(i) if i else ""): file for i, file in enumerate(TASKS[name].valid)}
-    return {"train": "train", **valid}
+    """Return the labelled splits of fairseq's data -> the TSV file, without its ending."""
+    return TASKS[name].splits()
 
 
-def read_table(path: Path, task: Task) -> List[List[str]]:
-    """Return the rows of a TSV file without its header.
+def encoding_of(args: argparse.Namespace) -> Tuple[Encoding, Dict[str, Any]]:
+    """Return the encoding that the options ask for, and what task.json says of it."""
+    from binarize import Encoding, tools
 
-    Raises:
-        ValueError: a row does not have the columns of the task, or a label that is not known.
-    """
-    with path.open(encoding="utf-8", newline="\n") as file:
-        table = list(csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    table = table[int(task.header) :]
-    if task.exact:
-        table = [row for row in table if len(row) == task.exact]
-    columns = (*task.sentences, task.label)
-    needed = max(column + 1 if column >= 0 else -column for column in columns)
-    for number, row in enumerate(table, start=1 + int(task.header)):
-        if len(row) < needed:
-            raise ValueError(f"{path}, line {number}: {len(row)} columns, expected {needed}")
-        if task.labels and row[task.label] not in task.labels:
-            raise ValueError(
-                f"{path}, line {number}: label {row[task.label]!r}, expected {task.labels}"
-            )
-    return table
+    options: Dict[str, Any] = {}
+    for bpe, files in BPE_FILES.items():
+        remedy = " ".join(f"--{name.replace('_', '-')} FILE" for name in files)
+        for name, default in files.items():
+            option, given = "--" + name.replace("_", "-"), getattr(args, name)
+            if bpe != args.bpe and given:
+                raise GlueError(f"{option} is for --bpe {bpe}, not for --bpe {args.bpe}")
+            if bpe == args.bpe:
+                where = given or default
+                if where is None:
+                    raise GlueError(f"--bpe {bpe}: give {option}")
+                options[name] = str(local_file(where, option, remedy))
+    dictionary = local_file(args.dict, "--dict")
+    sums = {name: sha256(Path(path)) for name, path in {**options, "dict": dictionary}.items()}
+    if args.wordpiece_cased:
+        if args.bpe != "wordpiece":
+            raise GlueError("--wordpiece-cased is for --bpe wordpiece")
+        options["wordpiece_cased"] = True
+    encoding = Encoding(args.bpe, tuple(options.items()), str(dictionary))
+    try:
+        tools(encoding)
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        raise GlueError(f"--bpe {args.bpe}, --dict {args.dict}: {error}") from error
+    return encoding, {"name": args.bpe, "options": options, "sha256": sums}
+
+
+def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
+    """Return the tasks that the options name."""
+    names = list(GLUE) if args.task == ["all"] else list(dict.fromkeys(args.task))
+    own = [name for name in names if name not in TASKS]
+    if own and not args.columns:
+        raise GlueError(
+            f"--task {own[0]}: GLUE has {', '.join(GLUE)}; for data of your own give --columns"
+        )
+    if not own and (args.columns or args.regression):
+        raise GlueError("--columns, --regression: only for data of your own, see --task")
+    scale = args.regression or 0.0
+    return {
+        name: TASKS[name] if name in TASKS else own_task(args.glue_dir, name, args.columns, scale)
+        for name in names
+    }
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check all that is asked for, then write it."""
+    from binarize import processes  # not above: the quick start reads TASKS without fairseq
+    from glue_splits import check_splits, splits_of, write_task
+
+    tasks = tasks_of(args)
+    encoding, bpe = encoding_of(args)
+    plan = []
+    for name, task in tasks.items():
+        out = args.out if len(tasks) == 1 else args.out / f"{name}-bin"
+        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe)))
+    for splits in plan:
+        check_splits(splits, args.any_rows)
+    with processes(args.workers) as run:
+        for splits in plan:
+            write_task(splits, bpe, encoding, run, args.any_rows)
+
+
+def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
+    """Return a type for argparse: a number above 0."""
+
+    def convert(text: str) -> Any:
+        number = kind(text)
+        if not number > 0:
+            raise ValueError
+        return number
+
+    convert.__name__ = "number above 0"  # named in argparse's error
+    return convert
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--glue-dir", type=Path, required=True, help="folder with a folder for each task")
+    add("--task", nargs="+", required=True, help=f"all, or of {', '.join(TASKS)}, or your own")
+    add("--out", type=Path, required=True, help="folder to write; of several tasks: their parent")
+    add("--columns", nargs=2, metavar=("SENTENCE[,SENTENCE2]", "LABEL"), help="of your own task")
+    add(
+        "--regression",
+        nargs="?",
+        type=positive(float),
+        const=1.0,
+        metavar="SCALE",
+        help="your own task's labels are scores, to be divided by SCALE (default: 1)",
+    )
+    add("--dict", required=True, help="dict.txt of the checkpoint")
+    add("--bpe", choices=sorted(BPE_FILES), default="gpt2", help="of the checkpoint")
+    add("--sentencepiece-model", help="for --bpe sentencepiece")
+    add("--gpt2-encoder-json", help="for --bpe gpt2 (default: fetched once)")
+    add("--gpt2-vocab-bpe", help="for --bpe gpt2 (default: fetched once)")
+    add("--wordpiece-vocab", help="for --bpe wordpiece: BERT's vocab.txt")
+    add("--wordpiece-cased", action="store_true", help="for --bpe wordpiece: keep case and accents")
+    add("--workers", type=positive(int), default=1, help="processes; any number gives the same")
+    add("--any-rows", action="store_true", help="take files that lack rows, or have more")
+    return options
 
 
 def main() -> None:
-    """Encode and write every split of the task."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--glue-dir", type=Path, required=True, help="folder with GLUE's tasks")
-    parser.add_argument("--task", choices=sorted(TASKS), required=True, help="task in that folder")
-    parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--dict", type=Path, required=True, help="dict.txt of the checkpoint")
-    parser.add_argument("--bpe", choices=("sentencepiece", "gpt2"), default="gpt2")
-    parser.add_argument("--sentencepiece-model", help="for --bpe sentencepiece")
-    parser.add_argument("--gpt2-encoder-json", help="for --bpe gpt2; unset: fetched")
-    parser.add_argument("--gpt2-vocab-bpe", help="for --bpe gpt2; unset: fetched")
-    args = parser.parse_args()
-
-    # Imported here: the quick start reads TASKS before it knows whether fairseq is there.
-    from binarize import Dictionary, bpe_encoder, write_dataset
-
-    names = ("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe")
-    options = {name: getattr(args, name) for name in names if getattr(args, name)}
-    encode = bpe_encoder(args.bpe, **options)
-    dictionary = Dictionary.load(str(args.dict))
-    task = TASKS[args.task]
-    labels = Dictionary()  # numbers the classes in the order of task.labels
-    for label in task.labels:
-        labels.add_symbol(label)
-
-    for split, name in split_files(args.task).items():
-        table = read_table(args.glue_dir / args.task / f"{name}.tsv", task)
-        for i, column in enumerate(task.sentences):
-            lines = (encode(row[column]) for row in table)
-            write_dataset(lines, dictionary, args.out / f"input{i}" / split)
-            shutil.copyfile(args.dict, args.out / f"input{i}" / "dict.txt")
-        values = [row[task.label] for row in table]
-        folder = args.out / "label"
-        folder.mkdir(exist_ok=True)
-        if task.labels:
-            write_dataset(values, labels, folder / split)
-            labels.save(str(folder / "dict.txt"))
-        else:
-            scores = "".join(f"{float(value) / STS_B_RANGE}\n" for value in values)
-            (folder / f"{split}.label").write_text(scores)
-        print(f"{args.task} {split}: {len(table)} rows -> {args.out}")
+    """Do what the command line says."""
+    options = parser()
+    try:
+        prepare(options.parse_args())
+    except GlueError as error:
+        options.exit(2, f"prepare_glue.py: {error}\n")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,288 @@
+"""GLUE's tasks: their columns, labels and official numbers of rows; reading their TSV files.
+
+GLUE's files know no quoting: a quotation mark is part of the sentence, and one line is one row.
+A reader that takes it for quoting swallows lines: MRPC's dev becomes 389 rows, STS-B's 1470.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Dict, List, NamedTuple, Sequence, Tuple
+
+
+class GlueError(ValueError):
+    """Something is wrong with the data or the options; the message says what and what to do."""
+
+
+class Task(NamedTuple):
+    """Where a task keeps its sentences and labels.
+
+    Attributes:
+        sentences: names of the one or two columns with sentences.
+        label: name of the column with the label or the score.
+        labels: in the order of their class numbers; empty: the label is a score.
+        rows: file -> its official numbers of rows; a file that is not named is not counted.
+        names: of the columns of files without a header line.
+        valid, test: files, without their ending.
+        exact: rows that have another number of columns are left out, 0: are kept.
+        scale: a score is divided by it for the model, and has to lie between 0 and it (0: any).
+        own: a task of the user's: every row has as many columns as the first; test may be labelled.
+    """
+
+    sentences: Tuple[str, ...]
+    label: str
+    labels: Tuple[str, ...]
+    rows: Dict[str, Tuple[int, ...]]
+    names: Tuple[str, ...] = ()
+    valid: Tuple[str, ...] = ("dev",)
+    test: Tuple[str, ...] = ("test",)
+    exact: int = 0
+    scale: float = 1.0
+    own: bool = False
+
+    @property
+    def header(self) -> bool:
+        """Whether the first line of its labelled files names the columns."""
+        return not self.names
+
+    def splits(self) -> Dict[str, str]:
+        """Return the labelled splits of fairseq's data -> their files, without ending."""
+        return {"train": "train", **_numbered("valid", self.valid)}
+
+    def test_splits(self) -> Dict[str, str]:
+        """Return the same for the files to predict."""
+        return _numbered("test", self.test)
+
+
+def _numbered(split: str, files: Sequence[str]) -> Dict[str, str]:
+    return {split + (str(i) if i else ""): file for i, file in enumerate(files)}
+
+
+def _rows(train: int, dev: int, test: int) -> Dict[str, Tuple[int, ...]]:
+    return {"train": (train,), "dev": (dev,), "test": (test,)}
+
+
+PAIR = ("sentence1", "sentence2")
+TASKS: Dict[str, Task] = {
+    "CoLA": Task(
+        ("sentence",),
+        "label",
+        ("0", "1"),
+        _rows(8551, 1043, 1063),
+        names=("source", "label", "star", "sentence"),  # its test.tsv has a header line
+    ),
+    "MNLI": Task(
+        PAIR,
+        "gold_label",
+        ("contradiction", "entailment", "neutral"),
+        {
+            "train": (392702,),
+            "dev_matched": (9815,),
+            "dev_mismatched": (9832,),
+            "test_matched": (9796,),
+            "test_mismatched": (9847,),
+        },
+        valid=("dev_matched", "dev_mismatched"),
+        test=("test_matched", "test_mismatched"),
+    ),
+    "MRPC": Task(("#1 String", "#2 String"), "Quality", ("0", "1"), _rows(3668, 408, 1725)),
+    "QNLI": Task(
+        ("question", "sentence"),
+        "label",
+        ("entailment", "not_entailment"),
+        _rows(104743, 5463, 5463),
+    ),
+    "QQP": Task(
+        ("question1", "question2"),
+        "is_duplicate",
+        ("0", "1"),
+        # The count of train depends on the release, and on its few broken rows.
+        {**_rows(363846, 40430, 390965), "train": (363846, 363849, 363870)},
+        exact=6,
+    ),
+    "RTE": Task(PAIR, "label", ("entailment", "not_entailment"), _rows(2490, 277, 3000)),
+    "SST-2": Task(("sentence",), "label", ("0", "1"), _rows(67349, 872, 1821)),
+    "STS-B": Task(PAIR, "score", (), _rows(5749, 1500, 1379), scale=5.0),
+    "ORDER": Task(("sentence",), "label", ("0", "1"), {}),  # the built-in task of the quick start
+}
+GLUE = tuple(name for name in TASKS if name != "ORDER")
+
+FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
+
+# Columns by which a prediction is told apart; a test file without one is numbered from 0.
+ID_COLUMNS = ("index", "id")
+NOT_DATA = {
+    rb'\s*(<\?xml|<!doctype|<html|\{\s*"error")': "an error page, not data: download it again",
+    rb"PK\x03\x04|\x1f\x8b": "a packed archive: unpack it",
+    rb"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+}
+MRPC_REMEDY = """\
+the download broke off before GLUE's split of MRPC into train and dev. \
+In {folder}, fetch https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv and run
+    awk -F'\\t' 'NR == FNR {{ dev[$1, $2]; next }} FNR == 1 {{ print > "train.tsv" }}
+        {{ print > (FNR == 1 || ($2, $3) in dev ? "dev.tsv" : "train.tsv") }}' \\
+        mrpc_dev_ids.tsv msr_paraphrase_train.txt"""
+KNOWN_ROWS = {
+    ("MRPC", 4076): "train and dev are still one file: GLUE's split by its dev_ids is missing",
+    ("QNLI", 108436): "this is QNLI v1, which GLUE has replaced: download QNLIv2.zip",
+    ("QNLI", 5732): "this is QNLI v1, which GLUE has replaced: download QNLIv2.zip",
+    ("QNLI", 5740): "this is QNLI v1, which GLUE has replaced: download QNLIv2.zip",
+    ("MRPC", 389): "rows were swallowed by a program that took quotation marks for quoting",
+    ("STS-B", 1470): "rows were swallowed by a program that took quotation marks for quoting",
+}
+
+
+def find_file(folder: Path, name: str, file: str) -> Path:
+    """Return the path of a task's file.
+
+    Raises:
+        GlueError: it is missing, or is one of the things that broken downloads leave.
+    """
+    path = folder / name / f"{file}.tsv"
+    if not path.is_file():
+        if (path.parent / "msr_paraphrase_train.txt").is_file():
+            raise GlueError(f"{path} is missing: {MRPC_REMEDY.format(folder=path.parent)}")
+        archive = folder / f"{name}.zip"
+        if archive.is_file() and not path.parent.is_dir():
+            raise GlueError(f"{path} is missing: unpack {archive}")
+        raise GlueError(f"{path} is missing; --glue-dir is the folder that has {name}/{file}.tsv")
+    with path.open("rb") as binary:
+        head = binary.read(512)
+    for pattern, what in NOT_DATA.items():
+        if re.match(pattern, head, re.IGNORECASE):
+            raise GlueError(f"{path} is {what}")
+    return path
+
+
+def check_rows(path: Path, name: str, task: Task, rows: int) -> None:
+    """Compare the number of rows with the official one.
+
+    Raises:
+        GlueError: they differ.
+    """
+    official = task.rows.get(path.stem, (rows,))
+    if rows in official:
+        return
+    hint = KNOWN_ROWS.get((name, rows), "is the download complete and unchanged?")
+    raise GlueError(
+        f"{path}: {rows} rows, official are {' or '.join(map(str, official))}; {hint} "
+        "(--any-rows goes on with them)"
+    )
+
+
+class Table(NamedTuple):
+    """A file's rows, by column."""
+
+    path: Path
+    sentences: List[Tuple[str, ...]]  # one tuple a sentence column
+    labels: Tuple[str, ...]  # empty: not labelled
+    ids: Tuple[str, ...]
+    lines: List[int]  # where in the file, from 1
+    left_out: int  # rows
+
+
+def read_lines(path: Path) -> List[List[str]]:
+    """Return the fields of every line; empty lines at the end do not count."""
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as file:
+            lines = [line.rstrip("\r\n").split("\t") for line in file]
+    except UnicodeDecodeError as error:
+        raise GlueError(f"{path} is not UTF-8 ({error}); save it as that") from error
+    while lines and lines[-1] == [""]:
+        lines.pop()
+    return lines
+
+
+def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
+    """Read a TSV file of a task.
+
+    Raises:
+        GlueError: a column is missing, or a row is cut.
+    """
+    rows = read_lines(path)
+    columns = (*task.sentences, task.label) if labelled else task.sentences
+    header = task.names
+    if rows and set(columns) <= set(rows[0]):
+        header = tuple(rows.pop(0))
+    elif not header:
+        found = ", ".join(rows[0]) if rows else "nothing"
+        raise GlueError(f"{path}, line 1: expected columns {', '.join(columns)}, found {found}")
+    where = [header.index(column) for column in columns]
+    needed = 1 + max(where)
+    exact = task.exact if labelled else 0
+    kept, lines = [], []
+    for line, row in enumerate(rows, start=2 if header is not task.names else 1):
+        if exact and len(row) != exact:
+            continue
+        if len(row) < needed or (task.own and len(row) != len(rows[0])):
+            short = len(row) < needed
+            expected = f"{needed} or more" if short else f"{len(rows[0])} as in the first row"
+            raise GlueError(f"{path}, line {line}: {len(row)} columns, expected {expected}")
+        kept.append(row)
+        lines.append(line)
+    if not kept:
+        raise GlueError(f"{path} has no rows")
+    by_column = [tuple(row[column] for row in kept) for column in where]
+    labels = by_column.pop() if labelled else ()
+    ids = next((header.index(column) for column in ID_COLUMNS if column in header), None)
+    names = tuple(str(i) if ids is None else row[ids] for i, row in enumerate(kept))
+    return Table(path, by_column, labels, names, lines, len(rows) - len(kept))
+
+
+def has_labels(path: Path, task: Task) -> bool:
+    """Tell by its first line whether a file of an own task has the column of the labels."""
+    first = (read_lines(path) or [[]])[0]
+    return task.names.index(task.label) < len(first) if task.names else task.label in first
+
+
+def check_labels(table: Table, task: Task) -> None:
+    """Raise a GlueError that names the first label or score that is not one of the task's."""
+    for line, label in zip(table.lines, table.labels):
+        if task.labels and label not in task.labels:
+            expected = f"one of {', '.join(task.labels)}"
+        elif not task.labels and not _is_score(label, 0.0 if task.own else task.scale):
+            expected = "a number" if task.own else f"a number from 0 to {task.scale:g}"
+        else:
+            continue
+        raise GlueError(f"{table.path}, line {line}: label {label!r}, expected {expected}")
+
+
+def _is_score(text: str, highest: float) -> bool:
+    try:
+        score = float(text)
+    except ValueError:
+        return False
+    return math.isfinite(score) and (not highest or 0 <= score <= highest)
+
+
+def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> Task:
+    """Return a task of the user's; its classes are the labels of its train.tsv, sorted.
+
+    Args:
+        columns: as for --columns; by name (the files have a header line) or by number, from 1
+            (they have none).
+        scale: scores are divided by it; 0: the labels are classes.
+    """
+    sentences, label = tuple(columns[0].split(",")), columns[1]
+    if not 1 <= len(sentences) <= 2:
+        raise GlueError(f"--columns {' '.join(columns)}: one or two sentences, as in 1,2 3")
+    names: Tuple[str, ...] = ()
+    if all(re.fullmatch("[1-9][0-9]*", column) for column in (*sentences, label)):
+        names = tuple(f"column {i + 1}" for i in range(max(map(int, (*sentences, label)))))
+        sentences, label = tuple(f"column {column}" for column in sentences), f"column {label}"
+    task = Task(sentences, label, (), {}, names, scale=scale or 1.0, own=True)
+    train = find_file(folder, name, "train")
+    if names and read_lines(train)[:1] == read_lines(find_file(folder, name, "dev"))[:1]:
+        raise GlueError(
+            f"{train}: its first line is that of dev.tsv too, so it looks like a header; "
+            "give the names of the columns to --columns"
+        )
+    if scale:
+        return task
+    labels = sorted(set(read_table(train, task).labels))
+    for label in labels:
+        if not label.strip() or label in FAIRSEQ_SYMBOLS:
+            raise GlueError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
+    return task._replace(labels=tuple(labels))
