@@ -66,6 +66,7 @@ def parser() -> argparse.ArgumentParser:
         choices=("gpt2", "sentencepiece", "wordpiece"),
         help="for --glue-dir",
     )
+    add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
     add("--bpe-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of prepare_glue.py")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
     add("--jobs", type=int, help="runs at a time (default: one a GPU, or one)")
@@ -141,6 +142,7 @@ def preparation(args: argparse.Namespace) -> List[Stage]:
             [
                 *(PYTHON, str(SCRIPTS / "prepare_glue.py"), "--glue-dir", str(args.glue_dir)),
                 *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
+                *(("--any-rows",) if args.any_rows else ()),
                 *("--out", "{out}"),
             ],
             args.data / task,

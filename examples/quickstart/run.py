@@ -73,6 +73,7 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help="epochs of fine-tuning (default: by task)")
     add("--sam-rho", type=float, help="radius of the ascent (default: by task)")
     add("--delta-sam-beta", type=float, help="strength of the reweighting (default: by task)")
+    add("--any-rows", action="store_true", help="of --glue-dir: other rows than GLUE's own files")
     add("--cores", type=int, default=min(2, os.cpu_count() or 1), help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/quickstart"), help="folder of the results")
     return options
@@ -193,6 +194,7 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
         dictionary = lm / "dict.txt"
         options = ["--bpe", "sentencepiece", "--sentencepiece-model", lm / "spm.model"]
         inputs.append(lm)
+    options += ["--any-rows"] if args.any_rows else []
     data = work / "data" / args.task
     command = script(
         "prepare_glue",

@@ -123,7 +123,7 @@ def test_model_that_looks_up_other_tokens(data_of, tmp_path):
             model(batch.tokens.clone(), features_only=True)
 
 
-@pytest.mark.parametrize("dtype, eps, warns", [("float16", 1e-5, True), ("float16", 0.1, False)])
+@pytest.mark.parametrize("dtype, eps, warns", [("bfloat16", 1e-5, True), ("bfloat16", 0.1, False)])
 def test_noise_that_half_precision_loses_is_reported_once(
     data_of, tmp_path, monkeypatch, caplog, dtype, eps, warns
 ):
