@@ -1,0 +1,97 @@
+"""BERT's WordPiece as a fairseq BPE, without the network and without transformers.
+
+    fairseq-... --bpe wordpiece --wordpiece-vocab vocab.txt
+
+fairseq's own ``--bpe bert`` needs transformers, and knows neither <unk> nor <mask>.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import List, Optional
+
+from fairseq.data.encoders import register_bpe
+from fairseq.dataclass import FairseqDataclass
+
+# BERT's special pieces and fairseq's symbols for them.
+SPECIAL = {
+    "[CLS]": "<s>",
+    "[PAD]": "<pad>",
+    "[SEP]": "</s>",
+    "[UNK]": "<unk>",
+    "[MASK]": "<mask>",
+}
+_BERT_NAMES = {symbol: piece for piece, symbol in SPECIAL.items()}
+LONGEST_WORD = 100  # characters; BERT takes a longer word for [UNK]
+
+
+@dataclass
+class WordPieceConfig(FairseqDataclass):
+    """What the WordPiece splitter needs to know."""
+
+    wordpiece_vocab: Optional[str] = field(
+        default=None,
+        metadata={"help": "BERT's vocab.txt, one piece a line; needed with --bpe wordpiece"},
+    )
+    wordpiece_cased: bool = field(
+        default=False,
+        metadata={"help": "keep upper case and accents (bert-*-cased); default: remove both"},
+    )
+
+
+def read_vocabulary(path: Path) -> List[str]:
+    """The pieces of a vocab.txt in the order of their ids.
+
+    Raises:
+        FileNotFoundError: no such file.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist: give the vocab.txt of the BERT model")
+    with path.open(encoding="utf-8") as file:
+        return [line.rstrip("\n") for line in file]
+
+
+@register_bpe("wordpiece", dataclass=WordPieceConfig)
+class WordPieceBPE:
+    """Splits text as BERT does; special pieces have fairseq's names (``<unk>`` for [UNK]).
+
+    Raises:
+        ImportError: the package tokenizers is not installed.
+        ValueError: no --wordpiece-vocab, or one without BERT's special pieces.
+        FileNotFoundError: no such file.
+    """
+
+    def __init__(self, cfg: WordPieceConfig) -> None:
+        try:
+            from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
+        except ImportError as error:
+            raise ImportError("--bpe wordpiece needs tokenizers: pip install tokenizers") from error
+        if not cfg.wordpiece_vocab:
+            raise ValueError("--bpe wordpiece needs --wordpiece-vocab, the BERT model's vocab.txt")
+        pieces = read_vocabulary(Path(cfg.wordpiece_vocab))
+        vocabulary = {piece: i for i, piece in enumerate(pieces)}
+        missing = [piece for piece in SPECIAL if piece not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"--wordpiece-vocab {cfg.wordpiece_vocab}: {', '.join(missing)} not found; "
+                "is it the vocab.txt of a BERT model?"
+            )
+        self._tokenizer = Tokenizer(
+            models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
+        )
+        self._tokenizer.normalizer = normalizers.BertNormalizer(lowercase=not cfg.wordpiece_cased)
+        self._tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        self._tokenizer.add_special_tokens(list(SPECIAL))
+        self._decoder = decoders.WordPiece()
+
+    def encode(self, x: str) -> str:
+        """A sentence in, its pieces joined by spaces out: "unaffable" -> "una ##ffa ##ble"."""
+        pieces = self._tokenizer.encode(x, add_special_tokens=False).tokens
+        return " ".join(SPECIAL.get(piece, piece) for piece in pieces)
+
+    def decode(self, x: str) -> str:
+        """The reverse, up to case, accents and spaces; special pieces get BERT's names."""
+        return self._decoder.decode([_BERT_NAMES.get(piece, piece) for piece in x.split()])
+
+    def is_beginning_of_word(self, x: str) -> bool:
+        """Whether a piece begins a word; for --mask-whole-words."""
+        return not x.startswith("##")
