@@ -1,0 +1,174 @@
+"""examples/glue: the recipes hold the published values, and the runner runs, skips and survives."""
+
+import csv
+import itertools
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import yaml
+
+ROOT = Path(__file__).parents[1]
+GLUE = ROOT / "examples" / "glue"
+CONFIG = GLUE / "config"
+sys.path.insert(0, str(Path(__file__).parent / "cli"))
+import runs  # noqa: E402
+
+TASKS = "MNLI QNLI QQP RTE SST-2 MRPC CoLA STS-B".split()
+SMALL = (
+    "model.encoder_layers=2 model.encoder_embed_dim=16 model.encoder_ffn_embed_dim=32 "
+    "model.encoder_attention_heads=2 model.max_positions=64 task.max_positions=64 "
+    "optimization.max_update=2"
+).split()
+
+
+def recipe(backbone, task):
+    return yaml.safe_load((CONFIG / "recipe" / backbone / f"{task}.yaml").read_text())
+
+
+# lr, batch, updates, warm-up, rho, beta: the tables in the README of fairseq's GLUE example, of
+# R3F's, of R-Drop's BERT recipe, and of the delta-SAM paper.
+PUBLISHED = {
+    ("roberta_large", "MNLI"): (1e-5, 32, 123873, 7432, 0.02, 3),
+    ("roberta_large", "RTE"): (2e-5, 16, 2036, 122, 0.02, 5),
+    ("roberta_large", "SST-2"): (1e-5, 32, 20935, 1256, 0.05, 3),
+    ("roberta_large", "CoLA"): (1e-5, 16, 5336, 320, 0.02, 20),
+    ("roberta_large", "STS-B"): (2e-5, 16, 3598, 214, 0.01, 10),
+    ("roberta_large_r3f", "RTE"): (1e-5, 8, 3120, 187, 0.02, 5),
+    ("roberta_large_r3f", "QQP"): (5e-6, 32, 113272, 28318, 0.02, 3),
+    ("roberta_large_r3f", "MRPC"): (1e-5, 16, 2296, 137, 0.02, 5),
+    ("bert_base", "QNLI"): (1e-5, 32, 33112, 1986, 0.05, 3),
+    ("bert_base", "MRPC"): (1e-5, 16, 2296, 137, 0.05, 10),
+    ("bert_base", "STS-B"): (1e-5, 16, 3598, 214, 0.01, 10),
+}
+
+
+@pytest.mark.parametrize("backbone, task", PUBLISHED)
+def test_published_values(backbone, task):
+    found = recipe(backbone, task)
+    assert (
+        float(found["optimization"]["lr"][0]),
+        found["dataset"]["batch_size"],
+        found["optimization"]["max_update"],
+        found["lr_scheduler"]["warmup_updates"],
+        found["optimizer"]["sam_rho"],
+        found["optimizer"]["delta_sam_beta"],
+    ) == PUBLISHED[backbone, task]
+
+
+@pytest.mark.parametrize("backbone", ["roberta_large", "roberta_base", "bert_base"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_has_a_recipe_with_its_metric(backbone, task):
+    found = recipe(backbone, task)
+    metric = {
+        "CoLA": "mcc",
+        "MRPC": "acc_and_f1",
+        "QQP": "acc_and_f1",
+        "STS-B": "pearson_and_spearman",
+    }.get(task, "accuracy")
+    assert found["checkpoint"]["best_checkpoint_metric"] == metric
+    if metric != "accuracy":
+        assert any(key.startswith("report_") for key in found["criterion"])
+    assert found["task"]["num_classes"] == {"MNLI": 3, "STS-B": 1}.get(task, 2)
+    assert found["criterion"]["regression_target"] == (task == "STS-B")
+    assert found["optimization"]["max_update"] == found["lr_scheduler"]["total_num_update"]
+
+
+@pytest.fixture(scope="module")
+def prepared(tmp_path_factory):
+    """Data of two tasks and a checkpoint to start from."""
+    folder = tmp_path_factory.mktemp("glue")
+    for task in ("RTE", "CoLA"):
+        tiny.write_classification(folder / "data" / task)
+    data = folder / "data" / "RTE"
+    return folder, runs.train(data, folder / "start", "--max-update", "1").save_dir
+
+
+def run(prepared, out, *more, code=0):
+    folder, start = prepared
+    command = [
+        *(sys.executable, str(GLUE / "run.py"), "--data", folder / "data"),
+        *("--checkpoint", start / "checkpoint_last.pt", "--backbone", "roberta_base"),
+        *("--tasks", "RTE", "--methods", "adam", "r3f+delta_sam", "--seeds", "1"),
+        *("--cores", "1", "--jobs", "2", "--out", out, *more),
+    ]
+    result = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        cwd=folder,
+    )
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+class TestRunner:
+    def test_runs_reports_skips_and_goes_on(self, prepared, tmp_path):
+        out = tmp_path / "out"
+        text = run(prepared, out, "--", *SMALL)
+        assert "2 of 2 runs are done" in text
+        log = (out / "RTE" / "r3f+delta_sam-seed1" / "train.log").read_text()
+        assert re.search('"train_symm_kl"', log) and re.search('"train_sharpness"', log)
+        assert (out / "RTE" / "adam-seed1" / "checkpoint_best.pt").is_file()
+        assert not (out / "RTE" / "adam-seed1" / "checkpoint_last.pt").exists()
+        with (out / "report" / "runs.csv").open() as file:
+            assert len(list(csv.DictReader(file))) == 2
+        assert (out / "report" / "report.html").is_file()
+        again = run(prepared, out, "--", *SMALL)
+        assert again.count("already there") == 2
+
+    def test_a_failed_run_is_named_and_stops_no_other(self, prepared, tmp_path):
+        """SMART at a share of updates that are not set ends with fairseq-train's own error."""
+        more = ["--methods", "smart", "adam", "--", *SMALL, "optimization.max_update=0"]
+        more += ["optimization.max_epoch=1"]
+        text = run(prepared, tmp_path / "out", *more, code=1)
+        assert "RTE smart seed 1: FAILED" in text and "1 of 2 runs are done" in text
+        assert "--smart-switch" in text and "output.log" in text
+        assert (tmp_path / "out" / "RTE" / "adam-seed1").is_dir()
+
+    def test_list_and_only(self, prepared, tmp_path):
+        more = ["--tasks", "RTE", "CoLA", "--seeds", "1", "2", "--keep", "none"]
+        lines = run(prepared, tmp_path / "out", *more, "--list").splitlines()
+        titles = [line.split(None, 1)[1] for line in lines if re.match(r" +\d", line)]
+        assert len(titles) == 8 and titles[3] == "CoLA r3f+delta_sam seed 1"
+        run(prepared, tmp_path / "out", *more, "--only", "3", "--", *SMALL)
+        (folder,) = (tmp_path / "out" / "CoLA").iterdir()
+        assert folder.name == "r3f+delta_sam-seed1" and not list(folder.glob("*.pt"))
+
+    @pytest.mark.parametrize(
+        "options, expected",
+        [
+            (["--methods", "sgd"], ["--methods sgd", "delta_sam"]),
+            (["--methods", "adam+sam"], ["--methods adam+sam", "at most one"]),
+            (["--checkpoint", "/no/such.pt"], ["--checkpoint /no/such.pt", "no such file"]),
+            (["--recipe", "bert_huge"], ["--recipe bert_huge", "roberta_large"]),
+            (["--tasks", "MNLI"], ["--data", "MNLI", "--glue-dir"]),
+            (["--only", "9"], ["--only 9", "0 to 1"]),
+        ],
+    )
+    def test_wrong_options(self, prepared, tmp_path, options, expected):
+        text = run(prepared, tmp_path / "out", *options, code=2)
+        assert all(part in text for part in expected)
+
+
+def test_every_method_of_every_task_has_its_files(monkeypatch):
+    monkeypatch.syspath_prepend(str(GLUE))
+    monkeypatch.setattr(sys, "path", [str(GLUE), *sys.path])
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("glue_run", GLUE / "run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    methods = [*module.OPTIMIZERS, *module.REGULARISERS]
+    methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
+    for task, method in itertools.product(TASKS, methods):
+        for name in module.method_configs(method, task):
+            assert (CONFIG / "method" / f"{name}.yaml").is_file(), (task, method)
+    assert module.method_configs("r3f+delta_sam", "RTE") == ["delta_sam", "r3f_RTE"]
+    assert module.method_configs("freelb", "CoLA") == ["adam", "freelb_CoLA"]
