@@ -61,7 +61,24 @@ def _check_criterion(cfg: Any) -> None:
     if cls is None or not issubclass(cls, RegularisedCriterion):
         return
     cls.check(cfg.criterion)
-    if not cls.regulariser_class.INNER_BACKWARD:
+    regulariser = cls.regulariser_class
+    distributed = cfg.distributed_training
+    drops_layers = any(
+        getattr(cfg.model, f"{side}_layerdrop", 0) for side in ("encoder", "decoder")
+    )
+    several_masks = regulariser.SEVERAL_MASKS and not getattr(cfg.criterion, "same_dropout", False)
+    if (
+        drops_layers
+        and several_masks
+        and distributed.distributed_world_size > 1
+        and distributed.ddp_backend in ("pytorch_ddp", "c10d")
+    ):
+        raise ValueError(
+            f"--encoder-layerdrop cannot be combined with --criterion {name} under --ddp-backend "
+            "pytorch_ddp: each forward drops other layers, and torch takes them for unused; use "
+            "--ddp-backend legacy_ddp"
+        )
+    if not regulariser.INNER_BACKWARD:
         return
     if getattr(cfg.model, "checkpoint_activations", False):
         raise ValueError(

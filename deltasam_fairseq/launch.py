@@ -7,7 +7,8 @@ As fairseq is, without a mend (all seen by running it):
 - torchrun on CPUs: ZeroDivisionError, ``rank % torch.cuda.device_count()``;
 - srun on CPUs: RuntimeError, every task but the first sets its CUDA device;
 - fairseq's own spawning on CPUs: an assertion, or nothing is trained and the exit code is 0;
-- pytorch_ddp on CPUs: ValueError, it names a device for modules that have none.
+- pytorch_ddp on CPUs: ValueError, it names a device for modules that have none;
+- validation that gathers predictions, on CPUs: TypeError, it gathers through a GPU's memory.
 """
 
 import contextlib
@@ -101,11 +102,29 @@ def _without_device_ids(ddp: Any) -> Any:
     return wrapper
 
 
+def _through_host_memory(all_gather_list: Any) -> Any:
+    """Gather objects of any size from all ranks; on GPUs as fairseq does it."""
+
+    @functools.wraps(all_gather_list)
+    def wrapper(data: Any, group: Any = None, max_size: int = 16384) -> Any:
+        if torch.cuda.is_available():
+            return all_gather_list(data, group=group, max_size=max_size)
+        if group is None:
+            group = distributed_utils.get_global_group()
+        gathered = [None] * distributed_utils.get_world_size(group)
+        torch.distributed.all_gather_object(gathered, data, group=group)
+        return gathered
+
+    wrapper._deltasam = True  # type: ignore[attr-defined]
+    return wrapper
+
+
 def install() -> None:
     """Put the mends in place; does nothing the second time, and nothing where GPUs are."""
     if not hasattr(distributed_utils.call_main, "_deltasam"):
         distributed_utils.call_main = _on_cpus(distributed_utils.call_main)
         distributed_utils.distributed_main = _with_real_gpus(distributed_utils.distributed_main)
+        distributed_utils.all_gather_list = _through_host_memory(distributed_utils.all_gather_list)
     if not hasattr(distributed_fairseq_model.DistributedDataParallel, "_deltasam"):
         distributed_fairseq_model.DistributedDataParallel = _without_device_ids(
             distributed_fairseq_model.DistributedDataParallel

@@ -92,11 +92,11 @@ class SharpnessAwareTrainer(Trainer):
     ) -> Any:
         """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
         if sam is None:
-            return super().train_step(samples, raise_oom)
+            return self._fairseqs_step(samples, raise_oom)
         sam.restore()  # fairseq re-enters here for an AMP retry, with the weights still perturbed
         if not sam.active(self.get_num_updates()):
             sam.skip_ascent()
-            return super().train_step(samples, raise_oom)
+            return self._fairseqs_step(samples, raise_oom)
 
         prepared = [self._prepare_sample(sample) for sample in samples]
         replay = Replay(
@@ -123,8 +123,18 @@ class SharpnessAwareTrainer(Trainer):
         """fairseq's own train_step, counting the updates that it skips for an overflow."""
         updates, log = self.get_num_updates(), self._update_log
         self._ran_out_of_memory = False
+        stats = self._fairseqs_step(samples, raise_oom)
+        scales = getattr(self.optimizer, "scaler", None) is not None
+        skipped = stats is None and self.get_num_updates() == updates
+        if skipped and scales and not self._ran_out_of_memory:
+            where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
+            metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
+        return stats
+
+    def _fairseqs_step(self, samples: List[Any], raise_oom: bool) -> Any:
+        """fairseq's own train_step, which on a CPU too skips an update that overflows."""
         try:
-            stats = super().train_step(samples, raise_oom)
+            return super().train_step(samples, raise_oom)
         except (AssertionError, RuntimeError) as e:
             # Handling an overflow, fairseq puts a number on the GPU that a CPU run has not.
             if self.cuda or not isinstance(e.__context__, OverflowError):
@@ -132,13 +142,7 @@ class SharpnessAwareTrainer(Trainer):
             self.zero_grad()
             metrics.log_scalar("loss_scale", self._loss_scale(), priority=700, round=4, weight=0)
             metrics.log_stop_time("train_wall")
-            stats = None
-        scales = getattr(self.optimizer, "scaler", None) is not None
-        skipped = stats is None and self.get_num_updates() == updates
-        if skipped and scales and not self._ran_out_of_memory:
-            where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
-            metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
-        return stats
+            return None
 
     def _log_oom(self, exc: Any) -> None:
         self._ran_out_of_memory = True

@@ -57,6 +57,7 @@ class R3F(Regulariser):
     """``l_j + lambda D(f(x_j), f(x_j + z_j))``: one more forward with graph."""
 
     TERMS = ("symm_kl",)
+    SEVERAL_MASKS = True
 
     def __init__(self, cfg: Any) -> None:
         self.weight: float = cfg.r3f_lambda

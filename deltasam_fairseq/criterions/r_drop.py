@@ -34,6 +34,7 @@ class RDrop(Regulariser):
     """Mean of two losses and their divergence: one more forward with graph."""
 
     TERMS = ("r_drop_kl",)
+    SEVERAL_MASKS = True
 
     def __init__(self, cfg: Any) -> None:
         self.alpha: float = cfg.r_drop_alpha

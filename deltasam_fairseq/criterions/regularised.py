@@ -88,10 +88,12 @@ class Regulariser:
         TERMS: keys of the figures that it adds to the log, means over sentences (over target
             tokens in sequence-to-sequence tasks).
         INNER_BACKWARD: whether it has backward passes of its own.
+        SEVERAL_MASKS: whether its forwards draw dropout, and layers to drop, each anew.
     """
 
     TERMS: ClassVar[Tuple[str, ...]] = ()
     INNER_BACKWARD: ClassVar[bool] = False
+    SEVERAL_MASKS: ClassVar[bool] = False
 
     def __init__(self, cfg: Any) -> None:
         raise NotImplementedError

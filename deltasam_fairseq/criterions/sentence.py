@@ -14,6 +14,9 @@ from deltasam_fairseq.criterions.objectives import Classification, Regression
 from deltasam_fairseq.criterions.predictions import REPORTS, class_ranks, log_reports
 from deltasam_fairseq.criterions.regularised import RegularisedCriterion, RegularisedLosses
 
+# What fairseq adds to a dictionary of labels.
+_NO_LABELS = ("<mask>", "madeupword")
+
 
 @dataclass
 class SentenceConfig(FairseqDataclass):
@@ -40,6 +43,27 @@ class SentenceConfig(FairseqDataclass):
     )
 
 
+def _check_task(task: Any, regression: bool) -> None:
+    """Refuse what would fail in the first forward only, after the data is loaded.
+
+    Raises:
+        ValueError: naming the option and the remedy.
+    """
+    labels = getattr(task, "label_dictionary", None)
+    if labels is None:
+        raise ValueError(
+            f"{type(task).__name__}: this criterion needs sentences with one label each; use "
+            "--task sentence_prediction"
+        )
+    known = [s for s in labels.symbols[labels.nspecial :] if not s.startswith(_NO_LABELS)]
+    classes = task.cfg.num_classes
+    if not regression and classes < len(known):
+        raise ValueError(
+            f"--num-classes {classes}: the data has {len(known)} labels ({', '.join(known[:9])}); "
+            f"give --num-classes {len(known)}, or --regression-target if they are numbers"
+        )
+
+
 class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
     """A regulariser on fairseq's sentence_prediction task.
 
@@ -51,6 +75,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
     def __init__(self, cfg: SentenceConfig, task: Any) -> None:
         super().__init__(task)
         self._set_up(cfg)
+        _check_task(task, cfg.regression_target)
         self.classification_head_name = cfg.classification_head_name
         self.regression_target = cfg.regression_target
         self.reports = [option for option in REPORTS if getattr(cfg, option)]
@@ -66,6 +91,11 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
                     f"--{option.replace('_', '-')} with --regression-target: classes are needed; "
                     "use --report-pearson-and-spearman"
                 )
+        if cfg.report_pearson_and_spearman and not cfg.regression_target:
+            raise ValueError(
+                "--report-pearson-and-spearman without --regression-target: numbers are needed; "
+                "use --report-mcc or --report-acc-and-f1"
+            )
 
     def batch(self, model: Any, sample: Dict[str, Any], loss_scale: float) -> Batch:
         heads = getattr(model, "classification_heads", {})
@@ -90,7 +120,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
         sample_size = targets.numel()
         log: Dict[str, Any] = {
             "ntokens": sample["ntokens"],
-            "nsentences": sample_size,
+            "nsentences": len(result.losses),
             "sample_size": sample_size,
         }
         scores = result.scores.detach()
@@ -121,7 +151,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
             metrics.log_scalar("accuracy", percent, sums["nsentences"], round=1)
         for term in cls.regulariser_class.TERMS:
             if term in present:
-                metrics.log_scalar(term, sums[term] / n, n, round=6)
+                metrics.log_scalar(term, sums[term] / sums["nsentences"], n, round=6)
         log_reports(logging_outputs)
 
     def logging_outputs_can_be_summed(self) -> bool:

@@ -79,6 +79,7 @@ class SMART(Regulariser):
 
     TERMS = ("smart_adversarial", "smart_bregman")
     INNER_BACKWARD = True
+    SEVERAL_MASKS = True
 
     def __init__(self, cfg: Any) -> None:
         self.weight: float = cfg.smart_lambda
@@ -159,10 +160,10 @@ class SMART(Regulariser):
                 self._teacher[name].copy_(average)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {} if self._averages is None else {"averages": self._averages}
+        return {"averages": self._averages} if self.mu and self._averages else {}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._averages, self._teacher = state.get("averages"), None
+        self._averages, self._teacher = state.get("averages") if self.mu else None, None
 
 
 @register_criterion("smart", dataclass=SMARTConfig)

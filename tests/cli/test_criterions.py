@@ -31,6 +31,16 @@ ERRORS = {
         "--regression-target --report-mcc",
         ["--report-mcc", "--regression-target", "--report-pearson-and-spearman"],
     ),
+    "metric of numbers": (
+        "r3f",
+        "--report-pearson-and-spearman",
+        ["--report-pearson-and-spearman", "--regression-target", "--report-mcc"],
+    ),
+    "layer drop": (
+        "r_drop",
+        "--encoder-layerdrop 0.1 --ddp-backend pytorch_ddp --distributed-world-size 2",
+        ["--encoder-layerdrop", "--criterion r_drop", "legacy_ddp"],
+    ),
     "sharded": (
         "freelb",
         "--ddp-backend fully_sharded",
@@ -56,6 +66,39 @@ def test_activation_checkpointing(tmp_path):
     with pytest.raises(ValueError, match="--checkpoint-activations.*--criterion freelb.*r_drop"):
         check_config(cfg)
     cfg.criterion._name = "r3f"
+
+
+def test_labels_and_classes_are_compared_before_data_is_loaded(classification, tmp_path):
+    argv = tiny.arguments(classification, tmp_path, "--num-classes", "1", criterion="r3f")
+    with pytest.raises(ValueError, match="--num-classes 1: the data has 2 labels .0, 1."):
+        tiny.build_trainer(argv)
+
+
+def test_a_task_without_labels(language_modelling, tmp_path):
+    argv = tiny.arguments(language_modelling, tmp_path, criterion="masked_lm")
+    with pytest.raises(ValueError, match="MaskedLMTask.*--task sentence_prediction"):
+        tiny.build_trainer([*argv, "--criterion", "r3f", "--report-mcc"])
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
+@pytest.mark.parametrize("criterion", ["sentence_prediction", "plain", "freelb"])
+def test_overflow_is_skipped_whoever_steps(classification, tmp_path, criterion, optimizer):
+    """Also by plain Adam, and before SAM begins; the loss scale falls, the weights stay."""
+    argv = tiny.arguments(classification, tmp_path, "--memory-efficient-fp16", criterion=criterion)
+    argv += ["--optimizer", optimizer, "--fp16-init-scale", str(2**40)]
+    argv += ["--sam-start-update", "3"] if optimizer != "adam" else []
+    trainer = tiny.build_trainer(argv)
+    before = tiny.weights(trainer)
+    assert trainer.train_step(tiny.batches(trainer)[:1]) is None
+    assert all(torch.equal(a, b) for a, b in zip(tiny.weights(trainer), before))
+    assert trainer.optimizer.scaler.loss_scale == 2**39
+
+
+def test_smart_without_its_average_drops_an_old_one(classification, tmp_path):
+    options = ["--smart-switch", "9", "--max-update"]
+    runs.train(classification, tmp_path, *options, "2", criterion="smart")
+    end = runs.train(classification, tmp_path, *options, "4", "--smart-mu", "0", criterion="smart")
+    assert end.checkpoint["extra_state"]["deltasam_criterion"] == {}
 
 
 @pytest.mark.parametrize(
