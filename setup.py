@@ -33,7 +33,8 @@ setup(
         'fairseq==0.12.2; python_version<"3.11"',
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "mypy"],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers"],
+        "convert": ["tokenizers", "safetensors"],  # --bpe wordpiece, scripts/convert_checkpoint.py
         "report": ["matplotlib"],
     },
     classifiers=[
