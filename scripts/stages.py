@@ -184,36 +184,38 @@ def remove(folder: Path) -> None:
 
 
 def run_side_by_side(
-    stages: Sequence[Stage], cores: int, environments: Sequence[Dict[str, str]]
+    jobs: Sequence[Sequence[Stage]], cores: int, environments: Sequence[Dict[str, str]]
 ) -> Dict[str, str]:
-    """Run stages that do not depend on each other, as many at a time as there are environments.
+    """Run jobs that do not depend on each other, as many at a time as there are environments.
 
-    A stage that fails does not stop the others.
+    A job that fails does not stop the others.
 
     Args:
-        stages: to run.
+        jobs: to run; each is stages that are run in order.
         cores: threads of each.
         environments: variables of each place to run at, such as CUDA_VISIBLE_DEVICES.
 
     Returns:
         title -> message of the stages that failed.
     """
-    waiting = [(f"{i}/{len(stages)}", stage) for i, stage in enumerate(stages, start=1)]
+    waiting = [(f"{i}/{len(jobs)}", job) for i, job in enumerate(jobs, start=1)]
     waiting.reverse()
     failed: Dict[str, str] = {}
     took: List[float] = []
     stop = threading.Event()
-    todo = sum(not is_done(stage) for stage in stages)
+    todo = sum(not all(map(is_done, job)) for job in jobs)
 
     def work(environment: Dict[str, str]) -> None:
         while waiting and not stop.is_set():
-            position, stage = waiting.pop()
-            fresh, begin = not is_done(stage), time.monotonic()
-            try:
-                run(stage, position, cores, environment, stop)
-            except StageError as error:
-                failed[stage.title] = str(error)
-                print(f"[{position}] {stage.title}: FAILED, going on with the others", flush=True)
+            position, job = waiting.pop()
+            fresh, begin = not all(map(is_done, job)), time.monotonic()
+            for stage in job:
+                try:
+                    run(stage, position, cores, environment, stop)
+                except StageError as error:
+                    failed[stage.title] = str(error)
+                    print(f"[{position}] {stage.title}: FAILED, going on with others", flush=True)
+                    break
             if fresh:
                 took.append(time.monotonic() - begin)
                 left = (todo - len(took)) * sum(took) / len(took) / len(environments)

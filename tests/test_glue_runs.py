@@ -111,7 +111,7 @@ def run(prepared, out, *more, code=0):
 class TestRunner:
     def test_runs_reports_skips_and_goes_on(self, prepared, tmp_path):
         out = tmp_path / "out"
-        text = run(prepared, out, "--", *SMALL)
+        text = run(prepared, out, "--sharpness", "--", *SMALL)
         assert "2 of 2 runs are done" in text
         log = (out / "RTE" / "r3f+delta_sam-seed1" / "train.log").read_text()
         assert re.search('"train_symm_kl"', log) and re.search('"train_sharpness"', log)
@@ -120,8 +120,9 @@ class TestRunner:
         with (out / "report" / "runs.csv").open() as file:
             assert len(list(csv.DictReader(file))) == 2
         assert (out / "report" / "report.html").is_file()
-        again = run(prepared, out, "--", *SMALL)
-        assert again.count("already there") == 2
+        assert (out / "RTE" / "adam-seed1-sharpness" / "sharpness.json").is_file()
+        again = run(prepared, out, "--sharpness", "--", *SMALL)
+        assert again.count("already there") == 4
 
     def test_a_failed_run_is_named_and_stops_no_other(self, prepared, tmp_path):
         """SMART at a share of updates that are not set ends with fairseq-train's own error."""
@@ -149,6 +150,7 @@ class TestRunner:
             (["--checkpoint", "/no/such.pt"], ["--checkpoint /no/such.pt", "no such file"]),
             (["--recipe", "bert_huge"], ["--recipe bert_huge", "roberta_large"]),
             (["--tasks", "MNLI"], ["--data", "MNLI", "--glue-dir"]),
+            (["--sharpness", "--keep", "none"], ["--sharpness", "--keep best"]),
             (["--only", "9"], ["--only 9", "0 to 1"]),
         ],
     )

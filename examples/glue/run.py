@@ -72,6 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--jobs", type=int, help="runs at a time (default: one a GPU, or one)")
     add("--cores", type=int, default=2, help="CPU threads of each run (default: 2)")
     add("--keep", choices=("best", "none"), default="best", help="checkpoints to keep")
+    add("--sharpness", action="store_true", help="measure that of each run's best checkpoint too")
     add("--out", type=Path, required=True, help="folder of the results")
     add("--list", action="store_true", help="show the runs and end")
     add("--only", type=int, metavar="N", help="make the N-th run alone, from 0; no report")
@@ -122,6 +123,8 @@ def check(args: argparse.Namespace) -> Optional[str]:
             return f"--recipe {args.recipe}: {recipe} is missing; there are {known}"
         if args.data is not None and not (args.data / task / "label").is_dir():
             return f"--data {args.data}: {args.data / task}/label is missing; use --glue-dir"
+    if args.sharpness and args.keep == "none":
+        return "--sharpness with --keep none: it is measured from the checkpoint; use --keep best"
     try:
         for method, task in itertools.product(args.methods, args.tasks):
             method_configs(method, task)
@@ -183,6 +186,17 @@ def training(args: argparse.Namespace, overrides: List[str], gpus: int) -> List[
     return stages
 
 
+def sharpness(run: Stage, rho: float) -> Stage:
+    """Return the stage that measures how sharp the minimum is that a run ended in."""
+    command = [
+        *(PYTHON, "-m", "deltasam_fairseq.sharpness", run.inputs[0]),
+        *("--path", run.out / "checkpoint_best.pt", "--batch-size", 16, "--max-batches", 10),
+        *("--sam-rho-list", rho, "--json", "{out}/sharpness.json"),
+    ]
+    out = run.out.with_name(run.out.name + "-sharpness")
+    return Stage(f"sharpness of {run.title}", [str(word) for word in command], out, [run.out])
+
+
 def main() -> int:
     """Run what is missing, then write the report; return the exit code."""
     words = sys.argv[1:]
@@ -202,6 +216,7 @@ def main() -> int:
     jobs = args.jobs or max(gpus, 1)
     places = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {} for i in range(jobs)]
     encoding, runs = preparation(args), training(args, overrides, gpus)
+    jobs = [[stage, sharpness(stage, 0.05)] if args.sharpness else [stage] for stage in runs]
     if args.list:
         for number, stage in enumerate(runs):
             print(f"{number:4} {stage.title}")
@@ -211,9 +226,9 @@ def main() -> int:
     try:
         run_all(encoding, args.cores)
         if args.only is not None:
-            run_all([runs[args.only]], args.cores)
+            run_all(jobs[args.only], args.cores)
             return 0
-        failed = run_side_by_side(runs, args.cores, places)
+        failed = run_side_by_side(jobs, args.cores, places)
     except StageError as error:
         print(f"run.py: {error}", file=sys.stderr)
         return 1
@@ -222,7 +237,7 @@ def main() -> int:
         return 130
     for message in failed.values():
         print(message, file=sys.stderr)
-    print(f"{len(runs) - len(failed)} of {len(runs)} runs are done")
+    print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")
     report = [PYTHON, str(SCRIPTS / "glue_report.py"), str(args.out)]
     code = subprocess.call([*report, "--out", str(args.out / "report")])
     return code or bool(failed)
