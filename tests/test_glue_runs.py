@@ -170,7 +170,9 @@ def test_every_method_of_every_task_has_its_files(monkeypatch):
     methods = [*module.OPTIMIZERS, *module.REGULARISERS]
     methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
     for task, method in itertools.product(TASKS, methods):
-        for name in module.method_configs(method, task):
-            assert (CONFIG / "method" / f"{name}.yaml").is_file(), (task, method)
-    assert module.method_configs("r3f+delta_sam", "RTE") == ["delta_sam", "r3f_RTE"]
-    assert module.method_configs("freelb", "CoLA") == ["adam", "freelb_CoLA"]
+        for override in module.method_overrides(method, task):
+            group, name = override[1:].split("=")
+            assert (CONFIG / group / f"{name}.yaml").is_file(), (task, method)
+    overrides = module.method_overrides
+    assert overrides("r3f+delta_sam", "RTE") == ["+method=delta_sam", "+regulariser=r3f_RTE"]
+    assert overrides("freelb", "CoLA") == ["+method=adam", "+regulariser=freelb_CoLA"]

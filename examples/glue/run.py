@@ -79,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def method_configs(method: str, task: str) -> List[str]:
-    """Return the files of config/method that a method is made of.
+def method_overrides(method: str, task: str) -> List[str]:
+    """Return the overrides that take the files of config/ which a method is made of.
 
     A method is an optimizer, a regulariser, or both with a plus sign between: ``r3f+delta_sam``.  A
     regulariser alone goes with plain Adam.
@@ -100,10 +100,11 @@ def method_configs(method: str, task: str) -> List[str]:
     regularisers = [part for part in parts if part in REGULARISERS]
     if len(optimizers) > 1 or len(regularisers) > 1:
         raise ValueError(f"--methods {method}: at most one optimizer and one regulariser")
-    of_task = [f"{part}_{task}" for part in regularisers]
-    files = [t if (CONFIG / "method" / f"{t}.yaml").is_file() else p
-             for t, p in zip(of_task, regularisers)]  # fmt: skip
-    return [*(optimizers or ["adam"]), *files]
+    overrides = [f"+method={optimizers[0] if optimizers else 'adam'}"]
+    for name in regularisers:
+        own = CONFIG / "regulariser" / f"{name}_{task}.yaml"
+        overrides.append(f"+regulariser={own.stem if own.is_file() else name}")
+    return overrides
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
@@ -127,7 +128,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
         return "--sharpness with --keep none: it is measured from the checkpoint; use --keep best"
     try:
         for method, task in itertools.product(args.methods, args.tasks):
-            method_configs(method, task)
+            method_overrides(method, task)
     except ValueError as e:
         return str(e)
     return None
@@ -164,7 +165,7 @@ def training(args: argparse.Namespace, overrides: List[str], gpus: int) -> List[
             *("--config-dir", str(CONFIG), "--config-name", "glue"),
             f"+backbone={args.backbone}",
             f"+recipe={args.recipe}/{task}",
-            f"+method=[{','.join(method_configs(method, task))}]",
+            *method_overrides(method, task),
             f"common.user_dir={ROOT / 'deltasam_fairseq'}",
             f"common.seed={seed}",
             f"common.cpu={str(not gpus).lower()}",
