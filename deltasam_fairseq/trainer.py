@@ -78,9 +78,8 @@ class SharpnessAwareTrainer(Trainer):
         if not isinstance(criterion, RegularisedCriterion):
             return self._update(sam, samples, raise_oom)
         self._last_update = self.get_num_updates()
-        criterion.before_update(
-            self.get_model(), self._float32_weights, self._last_update, self._loss_scale()
-        )
+        scale = self._loss_scale() if criterion.regulariser.INNER_BACKWARD else 1.0
+        criterion.before_update(self.get_model(), self._float32_weights, self._last_update, scale)
         stats = self._update(sam, samples, raise_oom)
         if self.get_num_updates() > self._last_update:  # once, also where fairseq re-enters here
             self._last_update = self.get_num_updates()
