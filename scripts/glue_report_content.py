@@ -231,11 +231,17 @@ def _comparisons(report: Report) -> List[Block]:
             if method != report.baseline:
                 mine = {c.task: c for c in report.compared if c.method == method}
                 table.append([method, *(_mean_and_mark(mine[t]) for t in columns(report))])
-        blocks += [
-            Text("The average of a seed is over its scores on all tasks, and needs all.", "note"),
-            Table(f"Mean difference to {report.baseline}", ["method", *columns(report)], table),
-            Text(f"† p < {ALPHA:g} after Holm's correction within the task.", "note"),
-        ]
+        blocks += (
+            []
+            if not table
+            else [
+                Text(
+                    "The average of a seed is over its scores on all tasks, and needs all.", "note"
+                ),
+                Table(f"Mean difference to {report.baseline}", ["method", *columns(report)], table),
+                Text(f"† p < {ALPHA:g} after Holm's correction within the task.", "note"),
+            ]
+        )
     return blocks
 
 

@@ -8,7 +8,7 @@ import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from glue_report_runs import PACES, Run, Runs
-from scipy import optimize, stats
+from scipy import integrate, optimize, stats
 
 AVERAGE = "average"  # stands where the name of a task does
 ALPHA = 0.05
@@ -235,13 +235,19 @@ def least_difference(n: int) -> float:
 
 def detectable_difference(n: int, power: float = 0.8) -> float:
     """Return the true difference, in standard deviations, that the paired t-test finds so often."""
-    edge = float(stats.t.ppf(1 - ALPHA / 2, n - 1))
+    edge, df = float(stats.t.ppf(1 - ALPHA / 2, n - 1)), n - 1
 
     def missing(size: float) -> float:
         shift = size * math.sqrt(n)
-        return float(stats.nct.sf(edge, n - 1, shift) + stats.nct.cdf(-edge, n - 1, shift)) - power
 
-    high = 0.5  # approached from below: far out, scipy's noncentral t is not a number
+        def found_at(s: float) -> float:  # s: the standard deviation that is seen, true one 1
+            density = stats.chi.pdf(s * math.sqrt(df), df) * math.sqrt(df)
+            return density * (stats.norm.sf(edge * s - shift) + stats.norm.cdf(-edge * s - shift))
+
+        # scipy's noncentral t is not a number for few differences
+        return float(integrate.quad(found_at, 0, 10, limit=200)[0]) - power
+
+    high = 0.5
     while missing(high) < 0:
         high *= 1.5
     return float(optimize.brentq(missing, 1e-3, high))

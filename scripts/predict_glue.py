@@ -47,6 +47,22 @@ def read_record(data: Path) -> Dict[str, Any]:
     return record
 
 
+def check_origin(path: Path, record: Dict[str, Any]) -> None:
+    """Compare the task of the data with that of the data which the checkpoint was trained on.
+
+    Raises:
+        PredictionError: they differ, as far as it can be known.
+    """
+    if not path.is_file():
+        raise PredictionError(f"--path {path}: no such file")
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
+    origin = Path((state["cfg"]["task"] or {}).get("data") or "") / "task.json"
+    if origin.is_file():
+        task = json.loads(origin.read_text(encoding="utf-8"))["task"]
+        if task != record["task"]:
+            raise PredictionError(f"--path {path}: trained on {task}, the data is {record['task']}")
+
+
 @torch.no_grad()
 def scores(models: Sequence[Any], task: Any, cfg: Any, split: str, batch_size: int) -> torch.Tensor:
     """Return the models' mean class probabilities (N, classes), or mean predictions (N, 1)."""
@@ -100,8 +116,7 @@ def main() -> int:
     try:
         record = read_record(args.data)
         for path in args.path:
-            if not path.is_file():
-                raise PredictionError(f"--path {path}: no such file")
+            check_origin(path, record)
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import fcntl
 import hashlib
 import json
 import os
@@ -17,6 +18,10 @@ from typing import Dict, List, NamedTuple, Optional, Sequence
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
 LOG_LINES = 15  # of a failed stage, shown
+
+
+class StageStopped(RuntimeError):
+    """A stage was ended because all were to stop."""
 
 
 class StageError(RuntimeError):
@@ -112,11 +117,25 @@ def run(
     log = partial / LOG
     command = [part.replace("{out}", str(partial)) for part in stage.command]
     begin = time.monotonic()
-    with log.open("ab") as output:
+    with log.open("ab") as output, (partial / "lock").open("w") as lock:
+        # Held by the command too: it may outlive this program, which may be killed.
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise StageError(
+                f"{stage.title} is being made by another process in {partial}; "
+                "wait for it, or end it"
+            ) from None
         # Threads that wait asleep: a busy machine would stall ones that wait awake.
         threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
         variables = {**os.environ, **threads, "PYTHONHASHSEED": "0", **(environment or {})}
-        process = subprocess.Popen(command, stdout=output, stderr=subprocess.STDOUT, env=variables)
+        process = subprocess.Popen(
+            command,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=variables,
+            pass_fds=[lock.fileno()],
+        )
         try:
             watch(process, stage, position, log, begin, stop)
         except BaseException:
@@ -124,7 +143,9 @@ def run(
             process.wait()
             raise
     if process.returncode:
-        shown = "\n".join("    " + line for line in last_lines(log, LOG_LINES))
+        lines = last_lines(log, 10 * LOG_LINES)
+        causes = [line for line in lines[:-LOG_LINES] if "size mismatch" in line][:2]
+        shown = "\n".join("    " + line for line in causes + lines[-LOG_LINES:])
         raise StageError(
             f"{stage.title} failed with code {process.returncode}\n{shown}\nlog: {log}"
         )
@@ -134,6 +155,7 @@ def run(
             path.unlink()
     started.unlink()
     stamp = {"fingerprint": mark, "command": list(stage.command), "seconds": seconds}
+    (partial / "lock").unlink()
     (partial / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     remove(stage.out)
     partial.rename(stage.out)
@@ -150,7 +172,7 @@ def watch(
     """Show the elapsed and the expected time and the newest figures until the process ends.
 
     Raises:
-        StageError: ``stop`` was set.
+        StageStopped: ``stop`` was set.
     """
     live = sys.stdout.isatty() and threading.current_thread() is threading.main_thread()
     expected = f" of about {stage.seconds} s" if stage.seconds else ""
@@ -163,7 +185,7 @@ def watch(
         except subprocess.TimeoutExpired:
             pass
         if stop is not None and stop.is_set():
-            raise StageError(f"{stage.title} was stopped")
+            raise StageStopped(stage.title)
         now = time.monotonic()
         ended = process.returncode is not None
         line = f"[{position}] {stage.title}: {now - begin:.0f} s{'' if ended else expected}"
@@ -212,6 +234,8 @@ def run_side_by_side(
             for stage in job:
                 try:
                     run(stage, position, cores, environment, stop)
+                except StageStopped:
+                    return
                 except StageError as error:
                     failed[stage.title] = str(error)
                     print(f"[{position}] {stage.title}: FAILED, going on with others", flush=True)
@@ -219,9 +243,7 @@ def run_side_by_side(
             if fresh:
                 took.append(time.monotonic() - begin)
                 left = (todo - len(took)) * sum(took) / len(took) / len(environments)
-                print(
-                    f"{len(took)} of {todo} runs done, about {left / 60:.0f} min left", flush=True
-                )
+                print(f"{len(took)} of {todo} ended, about {left / 60:.0f} min left", flush=True)
 
     with concurrent.futures.ThreadPoolExecutor(len(environments)) as pool:
         futures = [pool.submit(work, environment) for environment in environments]

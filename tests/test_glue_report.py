@@ -158,6 +158,7 @@ def test_holm_by_hand():
 def test_what_five_seeds_can_show():
     assert sign_flip([1.0, 2.0, 3.0, 4.0, 5.0]) == 2 / 32
     assert least_difference(5) == pytest.approx(2.7764451 / math.sqrt(5))
+    assert detectable_difference(2) > detectable_difference(3) > detectable_difference(5)
     size = detectable_difference(5)
     edge, shift = stats.t.ppf(0.975, 4), size * math.sqrt(5)
     assert stats.nct.sf(edge, 4, shift) + stats.nct.cdf(-edge, 4, shift) == pytest.approx(0.8)

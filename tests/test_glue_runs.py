@@ -1,6 +1,7 @@
 """examples/glue: the recipes hold the published values, and the runner runs, skips and survives."""
 
 import csv
+import fcntl
 import itertools
 import os
 import re
@@ -133,6 +134,17 @@ class TestRunner:
         assert "--smart-switch" in text and "output.log" in text
         assert (tmp_path / "out" / "RTE" / "adam-seed1").is_dir()
 
+    def test_two_at_once_do_not_write_the_same_run(self, prepared, tmp_path):
+        """A run that is still being made, by a program that was killed say, is left alone."""
+        folder = tmp_path / "out" / "RTE" / "adam-seed1.partial"
+        out = tmp_path / "out"
+        run(prepared, out, "--methods", "adam", "--", *SMALL, "optimizer.nonsense=1", code=1)
+        with (folder / "lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            more = ["--methods", "adam", "--", *SMALL, "optimizer.nonsense=1"]
+            text = run(prepared, out, *more, code=1)
+        assert "is being made by another process" in text
+
     def test_list_and_only(self, prepared, tmp_path):
         more = ["--tasks", "RTE", "CoLA", "--seeds", "1", "2", "--keep", "none"]
         lines = run(prepared, tmp_path / "out", *more, "--list").splitlines()
@@ -151,6 +163,7 @@ class TestRunner:
             (["--recipe", "bert_huge"], ["--recipe bert_huge", "roberta_large"]),
             (["--tasks", "MNLI"], ["--data", "MNLI", "--glue-dir"]),
             (["--sharpness", "--keep", "none"], ["--sharpness", "--keep best"]),
+            (["--jobs", "0"], ["--jobs", "0"]),
             (["--only", "9"], ["--only 9", "0 to 1"]),
         ],
     )

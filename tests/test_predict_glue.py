@@ -101,6 +101,10 @@ def test_errors(tmp_path):
     (data / "task.json").write_text(json.dumps({**record, "labels": ["0", "1"]}))
     message = predict("--data", data, "--path", path, *out, code=2)
     assert "not_entailment" in message and "0" in message
+    other, _ = prepared(tmp_path / "other", "CoLA", regression=False)
+    (data / "task.json").write_text(json.dumps(record))
+    message = predict("--data", other, "--path", path, *out, code=2)
+    assert "trained on RTE" in message and "CoLA" in message
     (data / "task.json").write_text(json.dumps({**record, "splits": {"train": {}}}))
     assert "test.tsv" in predict("--data", data, "--path", path, *out, code=2)
     assert not (tmp_path / "out" / "RTE.tsv").exists()

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -30,6 +31,7 @@ PYTHON = sys.executable
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
 OPTIMIZERS = ("adam", "sam", "delta_sam")
 REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat")
+OWN_RECIPES = {"minilm": "bert_base"}  # of backbones that have none of their own
 PRECISIONS: Dict[str, List[str]] = {
     "fp32": [],
     "fp16": ["common.fp16=true"],
@@ -40,6 +42,13 @@ PRECISIONS: Dict[str, List[str]] = {
 def names(folder: Path) -> List[str]:
     """Return the names of a group of configurations."""
     return sorted(p.stem for p in folder.iterdir())
+
+
+def positive(text: str) -> int:
+    """Return a number above 0."""
+    if int(text) < 1:
+        raise ValueError(text)
+    return int(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -69,8 +78,8 @@ def parser() -> argparse.ArgumentParser:
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
     add("--bpe-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of prepare_glue.py")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
-    add("--jobs", type=int, help="runs at a time (default: one a GPU, or one)")
-    add("--cores", type=int, default=2, help="CPU threads of each run (default: 2)")
+    add("--jobs", type=positive, help="runs at a time (default: one a GPU, or one)")
+    add("--cores", type=positive, default=2, help="CPU threads of each run (default: 2)")
     add("--keep", choices=("best", "none"), default="best", help="checkpoints to keep")
     add("--sharpness", action="store_true", help="measure that of each run's best checkpoint too")
     add("--out", type=Path, required=True, help="folder of the results")
@@ -92,7 +101,7 @@ def method_overrides(method: str, task: str) -> List[str]:
     for part in parts:
         if part not in OPTIMIZERS + REGULARISERS:
             raise ValueError(
-                f"--methods {method}: {part} is not known; of "
+                f"--methods {method}: {part!r} is not known; of "
                 f"{', '.join(OPTIMIZERS + REGULARISERS)} take one optimizer, one regulariser, or "
                 "both joined by +"
             )
@@ -109,7 +118,9 @@ def method_overrides(method: str, task: str) -> List[str]:
 
 def check(args: argparse.Namespace) -> Optional[str]:
     """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
-    args.recipe = args.recipe or args.backbone
+    args.recipe = args.recipe or OWN_RECIPES.get(args.backbone, args.backbone)
+    for name in ("tasks", "methods", "seeds"):
+        setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.dict = args.dict or args.checkpoint.parent / "dict.txt"
     if (args.glue_dir is None) == (args.data is None):
         return "give either --glue-dir, GLUE's TSV files, or --data, prepared data"
@@ -224,6 +235,7 @@ def main() -> int:
         return 0
     if args.only is not None and not 0 <= args.only < len(runs):
         options.exit(2, f"run.py: --only {args.only}: there are runs 0 to {len(runs) - 1}\n")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
     try:
         run_all(encoding, args.cores)
         if args.only is not None:
