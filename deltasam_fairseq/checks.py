@@ -54,8 +54,15 @@ def _check_delta_sam(cfg: Any, optimizer: str) -> None:
         )
 
 
+def _drops_layers_anew(cfg: Any, regulariser: Any) -> bool:
+    """Whether the forwards of one loss each drop other layers of the model."""
+    layerdrop = (getattr(cfg.model, f"{side}_layerdrop", 0) for side in ("encoder", "decoder"))
+    same = getattr(cfg.criterion, "same_dropout", False)
+    return any(layerdrop) and regulariser.SEVERAL_MASKS and not same
+
+
 def _check_criterion(cfg: Any) -> None:
-    """Options of this package's criterions, and what their inner backward passes rule out."""
+    """Options of this package's criterions, and what their several forwards rule out."""
     name = _name(cfg.criterion)
     cls = CRITERION_REGISTRY.get(name)
     if cls is None or not issubclass(cls, RegularisedCriterion):
@@ -63,16 +70,9 @@ def _check_criterion(cfg: Any) -> None:
     cls.check(cfg.criterion)
     regulariser = cls.regulariser_class
     distributed = cfg.distributed_training
-    drops_layers = any(
-        getattr(cfg.model, f"{side}_layerdrop", 0) for side in ("encoder", "decoder")
-    )
-    several_masks = regulariser.SEVERAL_MASKS and not getattr(cfg.criterion, "same_dropout", False)
-    if (
-        drops_layers
-        and several_masks
-        and distributed.distributed_world_size > 1
-        and distributed.ddp_backend in ("pytorch_ddp", "c10d")
-    ):
+    torch_ddp = distributed.ddp_backend in ("pytorch_ddp", "c10d")
+    several_ranks = distributed.distributed_world_size > 1
+    if torch_ddp and several_ranks and _drops_layers_anew(cfg, regulariser):
         raise ValueError(
             f"--encoder-layerdrop cannot be combined with --criterion {name} under --ddp-backend "
             "pytorch_ddp: each forward drops other layers, and torch takes them for unused; use "
@@ -86,7 +86,7 @@ def _check_criterion(cfg: Any) -> None:
             "differentiate with respect to the embeddings through it; use r3f or r_drop, or "
             "smaller batches with --update-freq"
         )
-    if cfg.distributed_training.ddp_backend == "fully_sharded":
+    if distributed.ddp_backend == "fully_sharded":
         raise ValueError(
             f"--ddp-backend fully_sharded cannot be combined with --criterion {name}: its inner "
             "steps need the whole model; use --ddp-backend legacy_ddp or pytorch_ddp"

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Optional, Sequence
+from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
@@ -198,6 +198,43 @@ def watch(
             print(line, flush=True)
         if ended:
             return
+
+
+def split_words(words: Sequence[str]) -> Tuple[List[str], List[str]]:
+    """Return the words of a command line before ``--``, and those behind it."""
+    at = words.index("--") if "--" in words else len(words)
+    return list(words[:at]), list(words[at + 1 :])
+
+
+def sharpness_stage(title: str, run: Path, data: Path, checkpoint: str, *options: object) -> Stage:
+    """Return the stage that measures how sharp the minimum is that a run ended in.
+
+    Args:
+        title: of the stage.
+        run: folder of the run; the results go beside it, where the reports look for them.
+        data: folder of the task's data.
+        checkpoint: name of a file of the run.
+        options: for the sharpness command.
+    """
+    command = [
+        *(sys.executable, "-m", "deltasam_fairseq.sharpness", data, "--path", run / checkpoint),
+        *(*options, "--max-batches", 10, "--json", "{out}/sharpness.json"),
+    ]
+    out = run.with_name(run.name + "-sharpness")
+    return Stage(title, [str(word) for word in command], out, [run])
+
+
+def exit_code(work: Callable[[], object]) -> int:
+    """Call ``work``, say how it ended if it did not end well, and return the exit code."""
+    try:
+        work()
+    except StageError as error:
+        print(f"run.py: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
+        return 130
+    return 0
 
 
 def remove(folder: Path) -> None:

@@ -173,6 +173,16 @@ def folder_of(tmp_path, family, cls="ForSequenceClassification", **config):
     return model, save(model, folder)
 
 
+def assert_equal_there_and_back(hf, folder, tmp_path):
+    """A BERT classifier has the same logits in fairseq, and again when it is exported."""
+    ours, batch, tokens, _ = converted(hf, folder, tmp_path / "out", "bert")
+    logits, _ = ours(tokens, classification_head_name=convert.HEAD)
+    torch.testing.assert_close(logits, hf(**batch).logits, **EXACT)
+    convert.to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back", folder)
+    back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")
+    torch.testing.assert_close(back.eval()(**batch).logits, hf(**batch).logits, **EXACT)
+
+
 def test_token_types_by_hand():
     """<s> a </s> b </s> <pad>: the separator belongs to the first sentence."""
     tokens = torch.tensor([[0, 5, 2, 6, 2, 1], [0, 5, 6, 7, 2, 1], [0, 5, 2, 2, 6, 2]])
@@ -340,12 +350,7 @@ class TestBert:
                 if name.endswith(new):
                     state[name.replace(new, before)] = state.pop(name)
         torch.save(state, str(folder / "pytorch_model.bin"))
-        ours, batch, tokens, _ = converted(hf, folder, tmp_path / "out", "bert")
-        logits, _ = ours(tokens, classification_head_name=convert.HEAD)
-        torch.testing.assert_close(logits, hf(**batch).logits, **EXACT)
-        convert.to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back", folder)
-        back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")
-        torch.testing.assert_close(back.eval()(**batch).logits, hf(**batch).logits, **EXACT)
+        assert_equal_there_and_back(hf, folder, tmp_path)
 
     @torch.no_grad()
     def test_criterions_find_and_move_its_word_embeddings(self, tmp_path):
@@ -367,12 +372,7 @@ class TestBert:
 @torch.no_grad()
 def test_activations(tmp_path, activation):
     hf, folder = folder_of(tmp_path, "bert", hidden_act=activation)
-    ours, batch, tokens, _ = converted(hf, folder, tmp_path / "out", "bert")
-    logits, _ = ours(tokens, classification_head_name=convert.HEAD)
-    torch.testing.assert_close(logits, hf(**batch).logits, **EXACT)
-    convert.to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back", folder)
-    back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")
-    torch.testing.assert_close(back.eval()(**batch).logits, hf(**batch).logits, **EXACT)
+    assert_equal_there_and_back(hf, folder, tmp_path)
 
 
 def test_checkpoints_of_fairseq_0_12_2_are_exported(tmp_path):

@@ -37,14 +37,14 @@ class WordEmbeddings:
     def __init__(self, model: nn.Module) -> None:
         model = unwrapped(model)
         encoder: Any = getattr(model, "encoder", None)
-        named = [] if encoder is None else encoder.named_modules()
-        found = [module for name, module in named if name.split(".")[-1] == NAME]
-        if not found:
+        named = () if encoder is None else encoder.named_modules()
+        found = next((module for name, module in named if name.split(".")[-1] == NAME), None)
+        if found is None:
             raise ValueError(
                 f"{type(model).__name__} has no encoder with word embeddings ({NAME}) to perturb; "
                 "r_drop needs none, the others work with RoBERTa, BART and the transformer"
             )
-        self.module = found[0]
+        self.module = found
         self.padding_idx: int = encoder.dictionary.pad()
         self._model_name = type(model).__name__
 

@@ -5,7 +5,6 @@ it has them, but for labels that are numbers, and as NaN where predictions are c
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 from fairseq.criterions import register_criterion
 
@@ -16,9 +15,6 @@ from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriteri
 
 class NoRegulariser(Regulariser):
     """The task's losses."""
-
-    def __init__(self, cfg: Any) -> None:
-        pass
 
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
         return plain_losses(batch)

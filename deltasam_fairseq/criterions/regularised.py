@@ -96,7 +96,7 @@ class Regulariser:
     SEVERAL_MASKS: ClassVar[bool] = False
 
     def __init__(self, cfg: Any) -> None:
-        raise NotImplementedError
+        """A method without options has nothing to keep."""
 
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
         """Losses in training.

@@ -25,7 +25,14 @@ CONFIG = Path(__file__).resolve().parent / "config"
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from stages import Stage, StageError, run_all, run_side_by_side  # noqa: E402
+from stages import (  # noqa: E402
+    Stage,
+    exit_code,
+    run_all,
+    run_side_by_side,
+    sharpness_stage,
+    split_words,
+)
 
 PYTHON = sys.executable
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
@@ -198,23 +205,11 @@ def training(args: argparse.Namespace, overrides: List[str], gpus: int) -> List[
     return stages
 
 
-def sharpness(run: Stage, rho: float) -> Stage:
-    """Return the stage that measures how sharp the minimum is that a run ended in."""
-    command = [
-        *(PYTHON, "-m", "deltasam_fairseq.sharpness", run.inputs[0]),
-        *("--path", run.out / "checkpoint_best.pt", "--batch-size", 16, "--max-batches", 10),
-        *("--sam-rho-list", rho, "--json", "{out}/sharpness.json"),
-    ]
-    out = run.out.with_name(run.out.name + "-sharpness")
-    return Stage(f"sharpness of {run.title}", [str(word) for word in command], out, [run.out])
-
-
 def main() -> int:
     """Run what is missing, then write the report; return the exit code."""
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
     options = parser()
-    args, overrides = options.parse_args(words[:split]), words[split + 1 :]
+    words, overrides = split_words(sys.argv[1:])
+    args = options.parse_args(words)
     wrong = check(args)
     if wrong is not None:
         options.exit(2, f"run.py: {wrong}\n")
@@ -225,10 +220,17 @@ def main() -> int:
         path = getattr(args, name)
         setattr(args, name, None if path is None else path.absolute())
     gpus = torch.cuda.device_count()
-    jobs = args.jobs or max(gpus, 1)
-    places = [{"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {} for i in range(jobs)]
     encoding, runs = preparation(args), training(args, overrides, gpus)
-    jobs = [[stage, sharpness(stage, 0.05)] if args.sharpness else [stage] for stage in runs]
+    places = [
+        {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+        for i in range(args.jobs or max(gpus, 1))
+    ]
+    jobs = [[stage] for stage in runs]
+    if args.sharpness:
+        best, measured = "checkpoint_best.pt", ("--batch-size", 16, "--sam-rho-list", 0.05)
+        for job in jobs:
+            run, title = job[0], f"sharpness of {job[0].title}"
+            job.append(sharpness_stage(title, run.out, run.inputs[0], best, *measured))
     if args.list:
         for number, stage in enumerate(runs):
             print(f"{number:4} {stage.title}")
@@ -236,18 +238,18 @@ def main() -> int:
     if args.only is not None and not 0 <= args.only < len(runs):
         options.exit(2, f"run.py: --only {args.only}: there are runs 0 to {len(runs) - 1}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
-    try:
+    failed: Dict[str, str] = {}
+
+    def work() -> None:
         run_all(encoding, args.cores)
         if args.only is not None:
             run_all(jobs[args.only], args.cores)
-            return 0
-        failed = run_side_by_side(jobs, args.cores, places)
-    except StageError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+        else:
+            failed.update(run_side_by_side(jobs, args.cores, places))
+
+    code = exit_code(work)
+    if code or args.only is not None:
+        return code
     for message in failed.values():
         print(message, file=sys.stderr)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")

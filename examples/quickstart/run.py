@@ -42,7 +42,7 @@ SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 from prepare_glue import TASKS, split_files  # noqa: E402
-from stages import Stage, StageError, run_all  # noqa: E402
+from stages import Stage, exit_code, run_all, sharpness_stage, split_words  # noqa: E402
 
 PYTHON = sys.executable
 FAIRSEQ_TRAIN = [PYTHON, "-m", "fairseq_cli.train"]
@@ -274,28 +274,19 @@ def fine_tuning_stages(
                 Stage(f"fine-tune {name}", command, out, inputs, seconds.get(optimizer, 0))
             )
             if "--no-save" not in extra:
-                stages.append(sharpness_stage(name, out, data, recipe))
+                measured = ["--batch-size", recipe.batch_size, "--sam-rho-list", recipe.rho]
+                measured += ["--delta-sam-beta", recipe.beta]
+                title = f"sharpness of {name}"
+                stage = sharpness_stage(title, out, data, "checkpoint_last.pt", *measured)
+                stages.append(stage._replace(seconds=6))
     return stages
-
-
-def sharpness_stage(name: str, run: Path, data: Path, recipe: Recipe) -> Stage:
-    """Return the stage that measures how sharp the minimum is that a run ended in."""
-    command = [
-        *(PYTHON, "-m", "deltasam_fairseq.sharpness", data),
-        *("--path", run / "checkpoint_last.pt", "--batch-size", recipe.batch_size),
-        *("--sam-rho-list", recipe.rho, "--delta-sam-beta", recipe.beta, "--max-batches", 10),
-        *("--json", "{out}/sharpness.json"),
-    ]
-    out = run.with_name(run.name + "-sharpness")
-    return Stage(f"sharpness of {name}", list(map(str, command)), out, [run], seconds=6)
 
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    words = sys.argv[1:]
-    split = words.index("--") if "--" in words else len(words)
     options = parser()
-    args, extra = options.parse_args(words[:split]), words[split + 1 :]
+    words, extra = split_words(sys.argv[1:])
+    args = options.parse_args(words)
     wrong = check(args)
     if wrong is not None:
         options.exit(2, f"run.py: {wrong}\n")
@@ -315,26 +306,16 @@ def main() -> int:
     begin = time.monotonic()
     expected = sum(stage.seconds for stage in (*stages, *prepared, *runs))
     print(f"results: {args.out}" + (f" (about {expected} s)" if args.checkpoint is None else ""))
-    try:
-        run_all(
-            [
-                *(*stages, *prepared, *runs),
-                Stage(
-                    "report",
-                    script("report", *folders, "--metric", metric, "--out", "{out}"),
-                    report,
-                    [stage.out for stage in runs],
-                    seconds=3,
-                ),
-            ],
-            args.cores,
-        )
-    except StageError as error:
-        print(f"run.py: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
-        return 130
+    table = Stage(
+        "report",
+        script("report", *folders, "--metric", metric, "--out", "{out}"),
+        report,
+        [stage.out for stage in runs],
+        seconds=3,
+    )
+    code = exit_code(lambda: run_all([*stages, *prepared, *runs, table], args.cores))
+    if code:
+        return code
     print(f"\n{(report / 'report.md').read_text(encoding='utf-8')}")
     print(f"{report}: report.md, report.csv, curves.png ({time.monotonic() - begin:.0f} s)")
     return 0

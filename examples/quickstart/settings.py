@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Dict, List, NamedTuple
 
 # --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
@@ -57,32 +58,22 @@ RECIPES: Dict[str, Recipe] = {
     "STS-B": Recipe(2e-5, 16, 10, 0.1, 0.01, 10),
 }
 
-# Options of this plugin's criterions: the papers' values, by task where they depend on it. FreeLB:
-# the authors' for RoBERTa large; RTE's for the rest. R3F: lambda of the delta-SAM paper on RTE.
 PLAIN = "sentence_prediction"
-FREELB: Dict[str, str] = {
-    "CoLA": "--adv-lr 0.025 --adv-init-mag 0.4 --adv-max-norm 0.3 --adv-steps 3",
-    "MNLI": "--adv-lr 0.1 --adv-init-mag 0.1 --adv-max-norm 0.3 --adv-steps 2",
-    "MRPC": "--adv-lr 0.04 --adv-init-mag 0.64 --adv-max-norm 0.4 --adv-steps 3",
-    "QNLI": "--adv-lr 0.1 --adv-init-mag 0.2 --adv-max-norm 0.2 --adv-steps 2",
-    "QQP": "--adv-lr 0.15 --adv-init-mag 0.32 --adv-max-norm 0.62 --adv-steps 2",
-    "SST-2": "--adv-lr 0.1 --adv-init-mag 1.0 --adv-max-norm 0.6 --adv-steps 2",
-    "STS-B": "--adv-lr 0.1 --adv-init-mag 0.16 --adv-max-norm 0.28 --adv-steps 3",
-}
+REGULARISERS = Path(__file__).resolve().parents[1] / "glue" / "config" / "regulariser"
 
 
 def criterion_options(criterion: str, task: str) -> List[str]:
-    """Return what a criterion is given beside its name."""
-    freelb = "--adv-lr 0.03 --adv-init-mag 0.16 --adv-max-norm 0.14 --adv-steps 3"
-    options = {
-        PLAIN: "",
-        "r3f": f"--r3f-lambda {0.7 if task == 'RTE' else 1.0} --eps 1e-5",
-        "r_drop": "--r-drop-alpha 0.5",
-        "freelb": FREELB.get(task, freelb),
-        "smart": "--smart-lambda 1 --smart-mu 1",
-        "vat": "--vat-alpha 1 --vat-eps 0.3",
-    }
-    return options[criterion].split()
+    """Return what a criterion is given beside its name: the papers' values, as examples/glue has
+    them, by task where they depend on it; those of RTE for a task that has none."""
+    if criterion == PLAIN:
+        return []
+    import yaml  # here, because the quick start starts before it knows what is installed
+
+    names = (f"{criterion}_{task}", criterion, f"{criterion}_RTE")
+    path = next(p for p in (REGULARISERS / f"{name}.yaml" for name in names) if p.is_file())
+    options = yaml.safe_load(path.read_text(encoding="utf-8"))["criterion"]
+    del options["_name"]
+    return [w for k, v in options.items() for w in (f"--{k.replace('_', '-')}", str(v))]
 
 
 CRITERIONS = (PLAIN, "r3f", "r_drop", "freelb", "smart", "vat")
