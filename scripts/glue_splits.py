@@ -6,7 +6,7 @@ import hashlib
 import itertools
 import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
 
 import numpy as np
 from binarize import Dictionary, Encoding, Map, encode_lines, tools, write_items, write_whole
@@ -27,8 +27,15 @@ VERSION = 1  # of task.json, and of how the data is written
 FOLDERS = ("input0", "input1", "label", "id")
 
 
+HOLD_OUT_SEED = 1
+
+
 class Split(NamedTuple):
-    """One split to write: where it comes from, where it goes."""
+    """One split to write: where it comes from, where it goes.
+
+    With ``hold_out``, a share of the rows of train.tsv, ``train`` is the rest of them and ``valid``
+    that share: for choosing hyperparameters without a look at dev.tsv.
+    """
 
     task_name: str
     task: Task
@@ -36,14 +43,17 @@ class Split(NamedTuple):
     source: Path
     out: Path
     labelled: bool
+    hold_out: float
     fingerprint: str  # of all that the result depends on
 
 
 def splits_of(
-    folder: Path, name: str, task: Task, out: Path, bpe: Dict[str, Any]
+    folder: Path, name: str, task: Task, out: Path, bpe: Dict[str, Any], hold_out: float = 0.0
 ) -> Iterator[Split]:
     """Yield what is to be written of a task; files to predict may be missing."""
     files = {**task.splits(), **task.test_splits()}
+    if hold_out:
+        files = {"train": "train", "valid": "train"}
     for split, file in files.items():
         test = split in task.test_splits()
         if test and not (folder / name / f"{file}.tsv").is_file():
@@ -52,8 +62,9 @@ def splits_of(
         labelled = not test or (task.own and has_labels(source, task))
         facts = [VERSION, task._asdict(), split, labelled, sha256(source), bpe["name"]]
         facts += [bpe["sha256"], bpe["options"].get("wordpiece_cased", False)]
+        facts += [HOLD_OUT_SEED, hold_out] if hold_out else []
         digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
-        yield Split(name, task, split, source, out, labelled, digest)
+        yield Split(name, task, split, source, out, labelled, hold_out, digest)
 
 
 def read_record(out: Path) -> Dict[str, Any]:
@@ -91,7 +102,7 @@ def check_splits(splits: List[Split], any_rows: bool) -> None:
     for split in splits:
         if not is_finished(split):
             read_split(split, any_rows)
-        elif not any_rows:
+        elif not any_rows and not split.hold_out:
             rows = read_record(split.out)[split.name]["rows"]
             check_rows(split.source, split.task_name, split.task, rows)
 
@@ -102,7 +113,35 @@ def read_split(split: Split, any_rows: bool) -> Table:
     check_labels(table, split.task)
     if not any_rows:
         check_rows(split.source, split.task_name, split.task, len(table.ids))
+    if split.hold_out:
+        held = held_out(len(table.ids), split.hold_out)
+        table = select(table, held if split.name == "valid" else ~held)
+        if not table.ids:
+            raise GlueError(
+                f"--hold-out {split.hold_out}: leaves no row of {split.source} for {split.name}; "
+                "give a share between 0 and 1 that leaves rows for both"
+            )
     return table
+
+
+def held_out(rows: int, share: float) -> np.ndarray:
+    """Return which rows are held out, (rows,) of bool: the same ones every time."""
+    order = np.random.RandomState(HOLD_OUT_SEED).permutation(rows)
+    return order < round(share * rows)
+
+
+def select(table: Table, chosen: np.ndarray) -> Table:
+    """Return the table of the rows that are chosen, (rows,) of bool."""
+
+    def of(column: Sequence[Any]) -> List[Any]:
+        return list(itertools.compress(column, chosen))
+
+    return table._replace(
+        sentences=[tuple(of(column)) for column in table.sentences],
+        labels=tuple(of(table.labels)),
+        ids=tuple(of(table.ids)),
+        lines=of(table.lines),
+    )
 
 
 def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> float:
@@ -166,6 +205,8 @@ def write_task(
         "bpe": bpe,
         "splits": finished,
     }
+    if splits[0].hold_out:
+        description["hold_out"] = splits[0].hold_out
 
     def save_record() -> None:
         write_whole(out / RECORD, json.dumps(description, indent=1) + "\n")

@@ -13,6 +13,9 @@ score / scale, so score = scale * prediction).
 Several tasks (--task CoLA RTE, or --task all) go to OUT/CoLA-bin, OUT/RTE-bin.  What is finished is
 skipped when the command is run again, unless its files or options have changed.
 
+To choose hyperparameters without a look at dev.tsv, --hold-out 0.2 takes a fifth of train.tsv's
+rows, always the same ones, as ``valid`` and the rest as ``train``.
+
 Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
 ``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
 line) or numbered from 1 (they have none): for sentence<TAB>label it is ``--columns 1 2``.  Labels
@@ -110,7 +113,7 @@ def prepare(args: argparse.Namespace) -> None:
     plan = []
     for name, task in tasks.items():
         out = args.out if len(tasks) == 1 else args.out / f"{name}-bin"
-        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe)))
+        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe, args.hold_out)))
     for splits in plan:
         check_splits(splits, args.any_rows)
     with processes(args.workers) as run:
@@ -129,6 +132,13 @@ def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
 
     convert.__name__ = "number above 0"  # named in argparse's error
     return convert
+
+
+def share(text: str) -> float:
+    """Return a number above 0 and below 1."""
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -157,6 +167,13 @@ def parser() -> argparse.ArgumentParser:
     add("--wordpiece-vocab", help="for --bpe wordpiece: BERT's vocab.txt")
     add("--wordpiece-cased", action="store_true", help="for --bpe wordpiece: keep case and accents")
     add("--workers", type=positive(int), default=1, help="processes; any number gives the same")
+    add(
+        "--hold-out",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of train.tsv's rows to validate with instead of dev.tsv, above 0, below 1",
+    )
     add("--any-rows", action="store_true", help="take files that lack rows, or have more")
     return options
 

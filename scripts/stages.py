@@ -224,15 +224,15 @@ def sharpness_stage(title: str, run: Path, data: Path, checkpoint: str, *options
     return Stage(title, [str(word) for word in command], out, [run])
 
 
-def exit_code(work: Callable[[], object]) -> int:
+def exit_code(work: Callable[[], object], program: str = "run.py") -> int:
     """Call ``work``, say how it ended if it did not end well, and return the exit code."""
     try:
         work()
     except StageError as error:
-        print(f"run.py: {error}", file=sys.stderr)
+        print(f"{program}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nrun.py: interrupted; the same command goes on from here", file=sys.stderr)
+        print(f"\n{program}: interrupted; the same command goes on from here", file=sys.stderr)
         return 130
     return 0
 

@@ -3,6 +3,7 @@
 import csv
 import fcntl
 import itertools
+import json
 import os
 import re
 import subprocess
@@ -154,6 +155,22 @@ class TestRunner:
         (folder,) = (tmp_path / "out" / "CoLA").iterdir()
         assert folder.name == "r3f+delta_sam-seed1" and not list(folder.glob("*.pt"))
 
+    def test_values_that_were_chosen(self, prepared, tmp_path):
+        """SAM takes the rho, delta-SAM both, plain Adam neither; the recipe has 0.02 and 5."""
+        chosen = tmp_path / "chosen.json"
+        values = {"sam_rho": 0.25, "delta_sam_beta": 50}
+        chosen.write_text(json.dumps({"chosen": {"RTE": values}}))
+        more = ["--methods", "adam", "sam", "delta_sam", "--keep", "none", "--chosen", chosen]
+        run(prepared, tmp_path / "out", *more, "--", *SMALL)
+        for method, rho, beta in (("adam", 0, 5), ("sam", 0.25, 0), ("delta_sam", 0.25, 50)):
+            log = (tmp_path / "out" / "RTE" / f"{method}-seed1" / "train.log").read_text()
+            found = re.search(r"'sam_rho': ([\d.]+).*'delta_sam_beta': ([\d.]+)", log)
+            assert tuple(map(float, found.groups())) == (rho, beta), method
+        more = ["--tasks", "CoLA", "--chosen", chosen]
+        assert "lacks CoLA" in run(prepared, tmp_path / "out", *more, code=2)
+        chosen.write_text("{}")
+        assert "not a chosen.json" in run(prepared, tmp_path / "out", "--chosen", chosen, code=2)
+
     @pytest.mark.parametrize(
         "options, expected",
         [
@@ -170,6 +187,96 @@ class TestRunner:
     def test_wrong_options(self, prepared, tmp_path, options, expected):
         text = run(prepared, tmp_path / "out", *options, code=2)
         assert all(part in text for part in expected)
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory):
+    """GLUE's TSV files of CoLA, cut, with a wordpiece vocabulary, and a checkpoint for both."""
+    folder = tmp_path_factory.mktemp("raw")
+    letters = "abcdefgh"
+    rows = [f"s\t{i % 2}\t*\t{letters[i % 8]} {letters[(i * 3) % 8]}\n" for i in range(40)]
+    (folder / "GLUE" / "CoLA").mkdir(parents=True)
+    (folder / "GLUE" / "CoLA" / "train.tsv").write_text("".join(rows))
+    (folder / "GLUE" / "CoLA" / "dev.tsv").write_text("".join(rows[:8]))
+    (folder / "vocab.txt").write_text(
+        "\n".join("[PAD] [UNK] [CLS] [SEP] [MASK]".split() + [*letters])
+    )
+    (folder / "dict.txt").write_text("".join(f"{letter} 1\n" for letter in letters))
+    prepare_glue = [sys.executable, str(ROOT / "scripts" / "prepare_glue.py")]
+    subprocess.run(
+        [
+            *prepare_glue,
+            *("--glue-dir", str(folder / "GLUE"), "--task", "CoLA", "--any-rows"),
+            *("--dict", str(folder / "dict.txt"), "--out", str(folder / "data")),
+            *("--bpe", "wordpiece", "--wordpiece-vocab", str(folder / "vocab.txt")),
+        ],
+        check=True,
+    )
+    return folder, runs.train(folder / "data", folder / "start", "--max-update", "1").save_dir
+
+
+def search(raw, out, *more, code=0):
+    folder, start = raw
+    command = [
+        *(sys.executable, GLUE / "search.py", "--glue-dir", folder / "GLUE", "--any-rows"),
+        *("--checkpoint", start / "checkpoint_last.pt", "--dict", folder / "dict.txt"),
+        *("--bpe", "wordpiece", "--bpe-options", f"wordpiece-vocab={folder / 'vocab.txt'}"),
+        *("--backbone", "roberta_base", "--tasks", "CoLA", "--cores", "1", "--jobs", "2"),
+        *("--out", out, *more),
+    ]
+    result = subprocess.run(
+        list(map(str, command)),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        universal_newlines=True,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+    )
+    assert result.returncode == code, result.stdout
+    return result.stdout
+
+
+class TestSearch:
+    def test_the_best_of_the_held_out_rows_is_chosen(self, raw, tmp_path):
+        """rho by SAM's scores, then beta by delta-SAM's, as the logs have them; dev is not read."""
+        (raw[0] / "GLUE" / "CoLA" / "dev.tsv").rename(raw[0] / "dev.tsv")
+        try:
+            more = ["--rho", "0.5", "2", "--beta", "3", "70", "--", *SMALL]
+            text = search(raw, tmp_path, *more)
+        finally:
+            (raw[0] / "dev.tsv").rename(raw[0] / "GLUE" / "CoLA" / "dev.tsv")
+        record = json.loads((tmp_path / "chosen.json").read_text())
+        rho, beta = (record["chosen"]["CoLA"][key] for key in ("sam_rho", "delta_sam_beta"))
+        assert f"--chosen {tmp_path / 'chosen.json'}" in text
+        scores = record["scores"]["CoLA"]
+        assert set(scores) == {
+            *("sam-rho0.5", "sam-rho2"),
+            *(f"delta_sam-rho{rho:g}-beta{b}" for b in (3, 70)),
+        }
+        for name, score in scores.items():
+            log = (tmp_path / "CoLA" / f"{name}-seed1" / "train.log").read_text()
+            logged = max(map(float, re.findall(r'"valid_mcc": "([-\d.]+)"', log)))
+            assert score == logged
+        assert scores[f"sam-rho{rho:g}"] == max(v for k, v in scores.items() if k[:3] == "sam")
+        chosen = scores[f"delta_sam-rho{rho:g}-beta{beta:g}"]
+        assert chosen == max(v for k, v in scores.items() if k.startswith("delta_sam"))
+        assert search(raw, tmp_path, *more).count("already there") == 5
+
+    @pytest.mark.parametrize(
+        "options, expected",
+        [
+            (["--rho", "0"], "--rho 0: give numbers above 0"),
+            (["--beta", "nan", "3"], "--beta nan 3"),
+            (["--hold-out", "1"], "--hold-out 1"),
+            (["--recipe", "bert_huge"], "--recipe bert_huge"),
+        ],
+    )
+    def test_wrong_options(self, raw, tmp_path, options, expected):
+        assert expected in search(raw, tmp_path, *options, code=2)
+
+    def test_a_failed_run_ends_it_without_a_choice(self, raw, tmp_path):
+        more = ["--rho", "0.5", "--", *SMALL, "optimizer.nonsense=1"]
+        assert "search.py: CoLA sam-rho0.5 seed 1 failed" in search(raw, tmp_path, *more, code=1)
+        assert not (tmp_path / "chosen.json").exists()
 
 
 def test_every_method_of_every_task_has_its_files(monkeypatch):

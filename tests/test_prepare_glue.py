@@ -311,6 +311,34 @@ def test_a_run_that_broke_off_leaves_no_older_split(tmp_path, gpt2, monkeypatch)
     assert not list(out.glob("*/valid.*"))
 
 
+def test_held_out_rows_of_train_take_the_place_of_dev(tmp_path, gpt2):
+    """A fifth of 20 rows is 4; every row is in one part, in its old order; dev.tsv is not read."""
+    texts = [f"row {i}" for i in range(20)]
+    write_sst(tmp_path, [(text, str(i % 2)) for i, text in enumerate(texts)], [("dev", "0")])
+    found = {}
+    for out in ("one", "two"):
+        prepare(tmp_path, tmp_path / out, "SST-2", gpt2, "--any-rows", "--hold-out", "0.2")
+        parts = {s: sentences(tmp_path / out, s, gpt2) for s in ("train", "valid")}
+        assert len(parts["valid"]) == 4 and sorted(parts["train"] + parts["valid"]) == sorted(texts)
+        assert parts["train"] == [text for text in texts if text in parts["train"]]
+        found[out] = parts
+        labels = [int(load(tmp_path / out, "valid", 2)[i]["target"]) for i in range(4)]
+        assert labels == [texts.index(text) % 2 for text in parts["valid"]]
+    assert found["one"] == found["two"]
+    assert json.loads((tmp_path / "one" / "task.json").read_text())["hold_out"] == 0.2
+    prepare(tmp_path, tmp_path / "one", "SST-2", gpt2, "--any-rows")
+    assert sentences(tmp_path / "one", "valid", gpt2) == ["dev"]
+    with pytest.raises(GlueError, match="--hold-out 0.01: leaves no row"):
+        prepare(tmp_path, tmp_path / "no", "SST-2", gpt2, "--any-rows", "--hold-out", "0.01")
+
+
+@pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "all"])
+def test_shares_that_cannot_be_held_out(share, tmp_path, gpt2, capsys):
+    with pytest.raises(SystemExit):
+        prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, "--hold-out", share)
+    assert "--hold-out" in capsys.readouterr().err
+
+
 def command_of(glue, out, task, gpt2, *words):
     words = ("--glue-dir", glue, "--out", out, "--task", task, *options_of(gpt2), *words)
     return [sys.executable, str(SCRIPTS / "prepare_glue.py"), *map(str, words)]

@@ -14,11 +14,12 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional
+from typing import Dict, List, Optional, Sequence
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).resolve().parent / "config"
@@ -37,6 +38,11 @@ from stages import (  # noqa: E402
 PYTHON = sys.executable
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
 OPTIMIZERS = ("adam", "sam", "delta_sam")
+HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.py chooses
+    "adam": (),
+    "sam": ("sam_rho",),
+    "delta_sam": ("sam_rho", "delta_sam_beta"),
+}
 REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat")
 OWN_RECIPES = {"minilm": "bert_base"}  # of backbones that have none of their own
 PRECISIONS: Dict[str, List[str]] = {
@@ -58,23 +64,19 @@ def positive(text: str) -> int:
     return int(text)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the options."""
+def common_options(description: str) -> argparse.ArgumentParser:
+    """Return the options of this program and of search.py."""
     options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
+        description=description,
         epilog="What follows -- are overrides for every fairseq-hydra-train.",
     )
     add = options.add_argument
     add("--glue-dir", type=Path, help="folder with a folder a task of GLUE's TSV files")
-    add("--data", type=Path, help="instead of --glue-dir: folder with prepared <task> folders")
     add("--checkpoint", type=Path, required=True, help="fairseq's model.pt to start from")
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
     add("--backbone", required=True, choices=names(CONFIG / "backbone"))
     add("--recipe", help="folder of config/recipe (default: that of the backbone)")
     add("--tasks", nargs="+", default=list(GLUE), choices=GLUE)
-    add(
-        "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
-    )
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     add(
         "--bpe",
@@ -87,19 +89,34 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
     add("--jobs", type=positive, help="runs at a time (default: one a GPU, or one)")
     add("--cores", type=positive, default=2, help="CPU threads of each run (default: 2)")
+    add("--out", type=Path, required=True, help="folder of the results")
+    return options
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = common_options(__doc__.splitlines()[0])
+    add = options.add_argument
+    add("--data", type=Path, help="instead of --glue-dir: folder with prepared <task> folders")
+    add(
+        "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
+    )
+    add("--chosen", type=Path, help="chosen.json of search.py: its rho and beta for each task")
     add("--keep", choices=("best", "none"), default="best", help="checkpoints to keep")
     add("--sharpness", action="store_true", help="measure that of each run's best checkpoint too")
-    add("--out", type=Path, required=True, help="folder of the results")
     add("--list", action="store_true", help="show the runs and end")
     add("--only", type=int, metavar="N", help="make the N-th run alone, from 0; no report")
     return options
 
 
-def method_overrides(method: str, task: str) -> List[str]:
+def method_overrides(
+    method: str, task: str, chosen: Optional[Dict[str, float]] = None
+) -> List[str]:
     """Return the overrides that take the files of config/ which a method is made of.
 
     A method is an optimizer, a regulariser, or both with a plus sign between: ``r3f+delta_sam``.  A
-    regulariser alone goes with plain Adam.
+    regulariser alone goes with plain Adam.  ``chosen`` has the rho and beta to use instead of the
+    recipe's, by the names of the optimizer's options.
 
     Raises:
         ValueError: for a name that is none of them.
@@ -116,21 +133,21 @@ def method_overrides(method: str, task: str) -> List[str]:
     regularisers = [part for part in parts if part in REGULARISERS]
     if len(optimizers) > 1 or len(regularisers) > 1:
         raise ValueError(f"--methods {method}: at most one optimizer and one regulariser")
-    overrides = [f"+method={optimizers[0] if optimizers else 'adam'}"]
+    optimizer = optimizers[0] if optimizers else "adam"
+    overrides = [f"+method={optimizer}"]
+    overrides += [f"optimizer.{o}={chosen[o]:g}" for o in HYPERPARAMETERS[optimizer] if chosen]
     for name in regularisers:
         own = CONFIG / "regulariser" / f"{name}_{task}.yaml"
         overrides.append(f"+regulariser={own.stem if own.is_file() else name}")
     return overrides
 
 
-def check(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+def check_common(args: argparse.Namespace) -> Optional[str]:
+    """Return what is wrong with the common options and how to mend it, or None; sets defaults."""
     args.recipe = args.recipe or OWN_RECIPES.get(args.backbone, args.backbone)
-    for name in ("tasks", "methods", "seeds"):
+    for name in ("tasks", "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
     args.dict = args.dict or args.checkpoint.parent / "dict.txt"
-    if (args.glue_dir is None) == (args.data is None):
-        return "give either --glue-dir, GLUE's TSV files, or --data, prepared data"
     if not args.checkpoint.is_file():
         return f"--checkpoint {args.checkpoint}: no such file; give fairseq's model.pt"
     if args.glue_dir is not None and not args.dict.is_file():
@@ -140,11 +157,24 @@ def check(args: argparse.Namespace) -> Optional[str]:
         if not recipe.is_file():
             known = ", ".join(names(CONFIG / "recipe"))
             return f"--recipe {args.recipe}: {recipe} is missing; there are {known}"
+    return None
+
+
+def check(args: argparse.Namespace) -> Optional[str]:
+    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    args.methods = list(dict.fromkeys(args.methods))
+    if (args.glue_dir is None) == (args.data is None):
+        return "give either --glue-dir, GLUE's TSV files, or --data, prepared data"
+    wrong = check_common(args)
+    if wrong is not None:
+        return wrong
+    for task in args.tasks:
         if args.data is not None and not (args.data / task / "label").is_dir():
             return f"--data {args.data}: {args.data / task}/label is missing; use --glue-dir"
     if args.sharpness and args.keep == "none":
         return "--sharpness with --keep none: it is measured from the checkpoint; use --keep best"
     try:
+        args.chosen = {} if args.chosen is None else read_chosen(args.chosen, args.tasks)
         for method, task in itertools.product(args.methods, args.tasks):
             method_overrides(method, task)
     except ValueError as e:
@@ -152,8 +182,26 @@ def check(args: argparse.Namespace) -> Optional[str]:
     return None
 
 
-def preparation(args: argparse.Namespace) -> List[Stage]:
-    """Return the stages that encode the tasks; sets where their data is."""
+def read_chosen(path: Path, tasks: Sequence[str]) -> Dict[str, Dict[str, float]]:
+    """Return what search.py chose: task -> option of the optimizer -> its value.
+
+    Raises:
+        ValueError: the file is not one of search.py's, or lacks a task.
+    """
+    try:
+        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--chosen {path}: not a chosen.json of search.py ({error})") from error
+    lacking = [task for task in tasks if task not in chosen]
+    if lacking:
+        raise ValueError(
+            f"--chosen {path}: lacks {lacking[0]}; run search.py for it, or leave it out of --tasks"
+        )
+    return chosen
+
+
+def preparation(args: argparse.Namespace, *more: str) -> List[Stage]:
+    """Return the stages that encode the tasks, with more options; sets where their data is."""
     if args.data is not None:
         return []
     args.data = args.out / "data"
@@ -165,6 +213,7 @@ def preparation(args: argparse.Namespace) -> List[Stage]:
                 *(PYTHON, str(SCRIPTS / "prepare_glue.py"), "--glue-dir", str(args.glue_dir)),
                 *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
                 *(("--any-rows",) if args.any_rows else ()),
+                *more,
                 *("--out", "{out}"),
             ],
             args.data / task,
@@ -173,36 +222,54 @@ def preparation(args: argparse.Namespace) -> List[Stage]:
     ]
 
 
-def training(args: argparse.Namespace, overrides: List[str], gpus: int) -> List[Stage]:
-    """Return a stage a run, the runs of a seed together so that early reports compare methods."""
+def training(
+    args: argparse.Namespace, task: str, name: str, overrides: Sequence[str], seed: int, gpus: int
+) -> Stage:
+    """Return the stage of one run.
+
+    Args:
+        name: of the method, for its folder.
+        overrides: that make the method, and more; the last one for an option counts.
+        gpus: how many there are.
+    """
     precision = args.precision or ("fp16" if gpus else "fp32")
-    stages = []
-    for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods):
-        command = [
-            *(PYTHON, "-m", "fairseq_cli.hydra_train"),
-            *("--config-dir", str(CONFIG), "--config-name", "glue"),
-            f"+backbone={args.backbone}",
-            f"+recipe={args.recipe}/{task}",
-            *method_overrides(method, task),
-            f"common.user_dir={ROOT / 'deltasam_fairseq'}",
-            f"common.seed={seed}",
-            f"common.cpu={str(not gpus).lower()}",
-            *PRECISIONS[precision],
-            f"task.data={args.data / task}",
-            f"checkpoint.finetune_from_model={args.checkpoint}",
-            "checkpoint.save_dir={out}",
-            "common.log_file={out}/train.log",
-            "hydra.run.dir={out}/hydra",
-            "distributed_training.distributed_world_size=1",
-            # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
-            "dataset.data_buffer_size=0",
-            *overrides,
-        ]
-        spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
-        out = args.out / task / f"{method}-seed{seed}"
-        title = f"{task} {method} seed {seed}"
-        stages.append(Stage(title, command, out, [args.data / task], spare=spare))
-    return stages
+    command = [
+        *(PYTHON, "-m", "fairseq_cli.hydra_train"),
+        *("--config-dir", str(CONFIG), "--config-name", "glue"),
+        f"+backbone={args.backbone}",
+        f"+recipe={args.recipe}/{task}",
+        f"common.user_dir={ROOT / 'deltasam_fairseq'}",
+        f"common.seed={seed}",
+        f"common.cpu={str(not gpus).lower()}",
+        *PRECISIONS[precision],
+        f"task.data={args.data / task}",
+        f"checkpoint.finetune_from_model={args.checkpoint}",
+        "checkpoint.save_dir={out}",
+        "common.log_file={out}/train.log",
+        "hydra.run.dir={out}/hydra",
+        "distributed_training.distributed_world_size=1",
+        # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+        "dataset.data_buffer_size=0",
+        *overrides,
+    ]
+    spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
+    out = args.out / task / f"{name}-seed{seed}"
+    return Stage(f"{task} {name} seed {seed}", command, out, [args.data / task], spare=spare)
+
+
+def absolute(args: argparse.Namespace) -> None:
+    """Make the paths independent of the folder that a command runs in."""
+    for name in ("out", "checkpoint", "dict", "glue_dir", "data"):
+        path = getattr(args, name)
+        setattr(args, name, None if path is None else path.absolute())
+
+
+def places(args: argparse.Namespace, gpus: int) -> List[Dict[str, str]]:
+    """Return the environment of each place where a run can be made."""
+    return [
+        {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+        for i in range(args.jobs or max(gpus, 1))
+    ]
 
 
 def main() -> int:
@@ -216,14 +283,20 @@ def main() -> int:
 
     import torch
 
-    for name in ("out", "checkpoint", "dict", "glue_dir", "data"):
-        path = getattr(args, name)
-        setattr(args, name, None if path is None else path.absolute())
+    absolute(args)
     gpus = torch.cuda.device_count()
-    encoding, runs = preparation(args), training(args, overrides, gpus)
-    places = [
-        {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
-        for i in range(args.jobs or max(gpus, 1))
+    encoding = preparation(args)
+    # The runs of a seed together, so that early reports compare methods.
+    runs = [
+        training(
+            args,
+            task,
+            method,
+            method_overrides(method, task, args.chosen.get(task)) + overrides,
+            seed,
+            gpus,
+        )
+        for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods)
     ]
     jobs = [[stage] for stage in runs]
     if args.sharpness:
@@ -245,7 +318,7 @@ def main() -> int:
         if args.only is not None:
             run_all(jobs[args.only], args.cores)
         else:
-            failed.update(run_side_by_side(jobs, args.cores, places))
+            failed.update(run_side_by_side(jobs, args.cores, places(args, gpus)))
 
     code = exit_code(work)
     if code or args.only is not None:

@@ -1,0 +1,161 @@
+"""Choose delta-SAM's rho and beta for each task, without a look at GLUE's validation data.
+
+    python examples/glue/search.py --glue-dir GLUE --checkpoint roberta.large/model.pt \\
+        --backbone roberta_large --tasks CoLA RTE --out results/search
+    python examples/glue/run.py ... --chosen results/search/chosen.json
+
+A share of train.tsv's rows, always the same ones, is held out to validate with (--hold-out); the
+rest is trained on.  First SAM with every rho; then delta-SAM with every beta, at the rho that was
+the best of SAM's.  The best is that with the highest mean over --seeds of the task's own metric; of
+equal ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips
+what is done and goes on with what was cut.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import signal
+import sys
+from pathlib import Path
+from typing import Dict, List, Tuple
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+sys.path.insert(0, str(HERE.parents[1] / "scripts"))
+
+import run as glue  # noqa: E402
+from glue_report_runs import read_task  # noqa: E402
+from stages import StageError, exit_code, run_all, run_side_by_side, split_words  # noqa: E402
+
+RHO, BETA = "sam_rho", "delta_sam_beta"  # options of the optimizer
+Chosen = Dict[str, Dict[str, float]]  # task -> option -> value
+Scores = Dict[str, Dict[str, float]]  # task -> trial -> mean score
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = glue.common_options(__doc__.splitlines()[0])
+    add = options.add_argument
+    add("--rho", nargs="+", type=float, default=[0.01, 0.02, 0.05], help="to try, above 0")
+    add("--beta", nargs="+", type=float, default=[3, 5, 10, 20, 50, 70], help="to try, above 0")
+    add("--hold-out", type=float, default=0.2, help="share of train.tsv (default: 0.2)")
+    options.set_defaults(seeds=[1], keep="none", data=None)
+    return options
+
+
+def check(args: argparse.Namespace) -> str:
+    """Return what is wrong with the arguments and how to mend it, or nothing; sets defaults."""
+    if args.glue_dir is None:
+        return "give --glue-dir, GLUE's TSV files: the rows to hold out are taken from train.tsv"
+    for name in ("rho", "beta"):
+        values = list(dict.fromkeys(getattr(args, name)))
+        setattr(args, name, values)
+        if not all(0 < value < float("inf") for value in values):
+            return f"--{name} {' '.join(f'{v:g}' for v in values)}: give numbers above 0"
+    if not 0 < args.hold_out < 1:
+        return f"--hold-out {args.hold_out:g}: give a share above 0 and below 1, as 0.2"
+    return glue.check_common(args) or ""
+
+
+def trial_name(method: str, values: Dict[str, float]) -> str:
+    """Return the name of a trial's folder."""
+    return "-".join([method, *(f"{option.split('_')[-1]}{v:g}" for option, v in values.items())])
+
+
+def try_out(
+    args: argparse.Namespace,
+    method: str,
+    trials: Dict[str, List[Dict[str, float]]],
+    overrides: List[str],
+    gpus: int,
+) -> Tuple[Chosen, Scores]:
+    """Run a method with several values of its options; return the best ones, and all scores.
+
+    Args:
+        method: sam or delta_sam.
+        trials: task -> the values to try, in the order of preference.
+
+    Raises:
+        StageError: a run failed, or reached no score; the others were made.
+    """
+    stages = [
+        glue.training(
+            args,
+            task,
+            trial_name(method, values),
+            # MNLI's recipe also names the mismatched part, which train.tsv has no rows of.
+            [
+                *glue.method_overrides(method, task, values),
+                "dataset.valid_subset=valid",
+                *overrides,
+            ],
+            seed,
+            gpus,
+        )
+        for seed in args.seeds
+        for task in args.tasks
+        for values in trials[task]
+    ]
+    failed = run_side_by_side([[s] for s in stages], args.cores, glue.places(args, gpus))
+    if failed:
+        raise StageError("\n".join(failed.values()))
+    chosen: Chosen = {}
+    scores: Scores = {}
+    for task in args.tasks:
+        names = [trial_name(method, values) for values in trials[task]]
+        _, runs = read_task(args.out / task, names)
+        scores[task] = {}
+        for name in names:
+            found = [r.best for r in runs if r.method == name and r.seed in args.seeds]
+            scores[task][name] = sum(found) / len(found)
+            if math.isnan(scores[task][name]):
+                raise StageError(f"{task} {name}: no score; see its logs in {args.out / task}")
+        best = max(names, key=lambda name: scores[task][name])
+        chosen[task] = trials[task][names.index(best)]
+    return chosen, scores
+
+
+def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
+    """Make the runs of both steps and write ``chosen.json``."""
+    run_all(glue.preparation(args, "--hold-out", f"{args.hold_out:g}"), args.cores)
+    rhos: Dict[str, List[Dict[str, float]]]
+    rhos = {task: [{RHO: rho} for rho in args.rho] for task in args.tasks}
+    sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
+    betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
+    chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus)
+    record = {
+        "chosen": chosen,
+        "scores": {task: {**sam_scores[task], **scores[task]} for task in args.tasks},
+        "hold_out": args.hold_out,
+        "seeds": args.seeds,
+        "overrides": overrides,
+    }
+    path = args.out / "chosen.json"
+    partial = path.with_suffix(".partial")
+    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial.rename(path)
+    for task, values in chosen.items():
+        print(f"{task}: " + ", ".join(f"{option} {value:g}" for option, value in values.items()))
+    print(f"written to {path}; for run.py: --chosen {path}")
+
+
+def main() -> int:
+    """Choose; return the exit code."""
+    options = parser()
+    words, overrides = split_words(sys.argv[1:])
+    args = options.parse_args(words)
+    wrong = check(args)
+    if wrong:
+        options.exit(2, f"search.py: {wrong}\n")
+
+    import torch
+
+    glue.absolute(args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
+    return exit_code(lambda: search(args, overrides, torch.cuda.device_count()), "search.py")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
