@@ -8,6 +8,7 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.optim import OPTIMIZER_DATACLASS_REGISTRY, OPTIMIZER_REGISTRY, register_optimizer
 from omegaconf import II
 
+from deltasam_fairseq.optim.adam import AdamStepConfig
 from deltasam_fairseq.optim.config import DeltaSAMConfig, SAMConfig
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
 
@@ -70,9 +71,11 @@ def _fields_of_legacy_optimizer(cls: type) -> List[Tuple[str, type, Any]]:
 def _config_of(name: str, sam_config: Type[SAMConfig], title: str) -> Type[FairseqDataclass]:
     """Dataclass with the options of base optimizer ``name`` and those of ``sam_config``."""
     base_config = OPTIMIZER_DATACLASS_REGISTRY.get(name)
-    bases = (sam_config,) if base_config is None else (sam_config, base_config)
+    bases: List[type] = [sam_config] if base_config is None else [sam_config, base_config]
+    if name == "adam":
+        bases.append(AdamStepConfig)
     fields = [] if base_config else _fields_of_legacy_optimizer(OPTIMIZER_REGISTRY[name])
-    return dataclasses.make_dataclass(f"{title}Config", fields, bases=bases)
+    return dataclasses.make_dataclass(f"{title}Config", fields, bases=tuple(bases))
 
 
 def register_sharpness_aware_optimizers() -> List[str]:

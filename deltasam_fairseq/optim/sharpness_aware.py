@@ -5,6 +5,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from fairseq.optim import FairseqOptimizer
+from fairseq.optim.adam import FairseqAdam
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -20,6 +21,7 @@ from deltasam_fairseq.algorithms import (
     sam_ascent_,
     update_generator,
 )
+from deltasam_fairseq.optim.adam import choose_step
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
 
@@ -58,6 +60,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         super().__init__(cfg)
         check_optimizer_config(cfg)
         self.base = self.base_class(cfg, params)
+        if isinstance(self.base, FairseqAdam):
+            choose_step(self.base, getattr(cfg, "adam_step", "auto"))
         self.rho: float = cfg.sam_rho
         self.eta: Optional[float] = cfg.sam_eta if cfg.sam_adaptive else None
         self.beta: float = getattr(cfg, "delta_sam_beta", 0.0)
