@@ -101,7 +101,9 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
     )
-    add("--chosen", type=Path, help="chosen.json of search.py: its rho and beta for each task")
+    add(
+        "--chosen", nargs="+", type=Path, help="chosen.json of search.py: rho and beta of each task"
+    )
     add("--keep", choices=("best", "none"), default="best", help="checkpoints to keep")
     add("--sharpness", action="store_true", help="measure that of each run's best checkpoint too")
     add("--list", action="store_true", help="show the runs and end")
@@ -174,7 +176,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
     if args.sharpness and args.keep == "none":
         return "--sharpness with --keep none: it is measured from the checkpoint; use --keep best"
     try:
-        args.chosen = {} if args.chosen is None else read_chosen(args.chosen, args.tasks)
+        args.chosen = read_chosen(args.chosen, args.tasks) if args.chosen else {}
         for method, task in itertools.product(args.methods, args.tasks):
             method_overrides(method, task)
     except ValueError as e:
@@ -182,20 +184,25 @@ def check(args: argparse.Namespace) -> Optional[str]:
     return None
 
 
-def read_chosen(path: Path, tasks: Sequence[str]) -> Dict[str, Dict[str, float]]:
+def read_chosen(paths: Sequence[Path], tasks: Sequence[str]) -> Dict[str, Dict[str, float]]:
     """Return what search.py chose: task -> option of the optimizer -> its value.
 
     Raises:
-        ValueError: the file is not one of search.py's, or lacks a task.
+        ValueError: a file is not one of search.py's, or all together lack a task.
     """
-    try:
-        chosen = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"--chosen {path}: not a chosen.json of search.py ({error})") from error
+    chosen: Dict[str, Dict[str, float]] = {}
+    for path in paths:
+        try:
+            chosen.update(json.loads(path.read_text(encoding="utf-8"))["chosen"])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(
+                f"--chosen {path}: not a chosen.json of search.py ({error!r})"
+            ) from error
     lacking = [task for task in tasks if task not in chosen]
     if lacking:
         raise ValueError(
-            f"--chosen {path}: lacks {lacking[0]}; run search.py for it, or leave it out of --tasks"
+            f"--chosen {' '.join(map(str, paths))}: lacks {lacking[0]}; run search.py for it, or "
+            "leave it out of --tasks"
         )
     return chosen
 
