@@ -145,7 +145,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
         def write(out: List[Tensor]) -> None:
             if out[0].element_size() >= 4:
-                move_along_(out, values, out, sign * radius / draw_direction_(out, generator))
+                with torch.autograd.profiler.record_function("sam-draw"):
+                    norm = draw_direction_(out, generator)
+                move_along_(out, values, out, sign * radius / norm)
                 return
             # Half precision cannot hold u itself. It is drawn a weight at a time, and its norm
             # is that of d standard normal numbers, sqrt(d) but for a share of 1 / sqrt(2 d).
@@ -153,7 +155,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             u = (torch.empty_like(v, dtype=torch.float32).normal_(generator=generator) for v in out)
             move_along_(out, values, u, sign * radius / d**0.5)
 
-        self.weights.move(params, write)
+        with torch.autograd.profiler.record_function("sam-perturb"):
+            self.weights.move(params, write)
         return radius
 
     def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Ascent:
@@ -186,7 +189,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 return sam_ascent_(out, values, grads, self.rho, rounding)
             return asam_ascent_(out, values, grads, self.rho, self.eta, rounding)
 
-        ascent = self.weights.move(climbing, write)
+        with torch.autograd.profiler.record_function("sam-perturb"):
+            ascent = self.weights.move(climbing, write)
         self._ready_to_step = True
         return ascent
 
@@ -196,7 +200,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def restore(self) -> None:
         """Give the weights back their own values, bit for bit."""
-        self.weights.restore()
+        with torch.autograd.profiler.record_function("sam-restore"):
+            self.weights.restore()
         self._ready_to_step = False
 
     def step(self, closure: Any = None, scale: float = 1.0, groups: Any = None) -> None:

@@ -8,6 +8,7 @@ from deltasam_fairseq.algorithms import (
     draw_direction_,
     global_norm,
     move_along_,
+    probe,
     probe_generator,
     sam_ascent_,
 )
@@ -82,6 +83,22 @@ def test_direction_depends_on_seed_and_update_only():
     assert torch.equal(before, torch.random.get_rng_state())
     for other in (draw(1, 8), draw(2, 7), draw(7, 1), draw(2, 6)):
         assert abs(torch.corrcoef(torch.stack((draw(1, 7), other)))[0, 1]) < 0.5
+
+
+def test_direction_does_not_depend_on_the_number_of_threads(monkeypatch):
+    """Also where a tensor is drawn in pieces, which differ from each other."""
+    monkeypatch.setattr(probe, "PIECE", 64)
+
+    def draw(threads):
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        out = [torch.empty(300), torch.empty(5, 16), torch.empty(())]
+        draw_direction_(out, probe_generator(1, 0, torch.device("cpu")))
+        return out
+
+    first = draw(1)
+    for threads in (2, 7):
+        assert all(map(torch.equal, first, draw(threads)))
+    assert len(torch.cat([o.flatten() for o in first]).unique()) == 381
 
 
 def test_direction_is_not_that_of_the_dropout_seed():
