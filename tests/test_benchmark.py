@@ -1,0 +1,142 @@
+"""The benchmark runs, and its figures are those of the clock."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+import benchmark  # noqa: E402
+import benchmark_methods  # noqa: E402
+import benchmark_phases  # noqa: E402
+import benchmark_report  # noqa: E402
+
+SMALL = "--shape small --batch-size 2 --length 8 --threads 1 --device cpu".split()
+
+
+def run(out, *more, code=0):
+    command = [sys.executable, str(ROOT / "scripts" / "benchmark.py"), *SMALL, "--out", str(out)]
+    result = subprocess.run([*command, *more], capture_output=True, text=True)
+    assert result.returncode == code, result.stderr
+    return result
+
+
+def test_report(tmp_path):
+    """Every method is in the table; one that cannot run here is named with the reason."""
+    methods = ["Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *benchmark_methods.PEERS]
+    words = ["--methods", *methods, "--rounds", "2", "--phase-rounds", "1", "--trace"]
+    text = run(tmp_path, *words).stdout
+    assert text.strip() == (tmp_path / "benchmark.md").read_text().strip()
+    record = json.loads((tmp_path / "benchmark.json").read_text())
+    (result,) = record["results"]
+    assert record["machine"]["command"].startswith("python scripts/benchmark.py --shape small")
+    assert "--davda54 FILE" in result["left_out"]["SAM, davda54"]
+    assert set(methods) == set(result["rows"]) | set(result["left_out"])
+    assert all(f"| {name}" in text for name in methods)
+    assert result["rows"]["Adam"]["wall_ratio"] == 1
+    phases = result["phases"]["delta-SAM"]
+    assert {"forward", "backward", "probe: draw", "perturb, norms", "base step"} <= set(phases)
+    assert "probe: draw" not in result["phases"]["SAM"]
+    # SAM keeps one copy of the weights: 8192 words of 256 numbers alone are 8 MiB.
+    memory = result["memory"]
+    assert memory["delta-SAM"] > memory["Adam"] + 8 * 2**20
+    assert json.loads((tmp_path / "delta-SAM.json").read_text())["traceEvents"]
+
+
+def test_accumulation_and_half_precision(tmp_path):
+    """A comparison for each; the peers have neither fp16 nor a say in it."""
+    words = ["--update-freq", "1", "2", "--precision", "fp32", "memory-efficient-bf16"]
+    words += ["--methods", "Adam", "delta-SAM", "SAM, torch loop", "--rounds", "1"]
+    run(tmp_path, *words, "--phase-rounds", "0", "--no-memory")
+    results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    settings = [(r["setting"]["precision"], r["setting"]["update_freq"]) for r in results]
+    assert settings == [(p, n) for p in ("fp32", "memory-efficient-bf16") for n in (1, 2)]
+    assert "half precision" in results[2]["left_out"]["SAM, torch loop"]
+    assert not results[0]["phases"] and not results[0]["memory"]
+
+
+def test_the_torch_loop_is_sam(tmp_path):
+    """Without dropout it goes where sam_adam goes, so that equal things are timed."""
+    setting = benchmark_methods.Setting("small", 4, 8, 2, "fp32", "cpu")
+    sam = benchmark_methods.build("SAM", setting)
+    loop = benchmark_methods.build("SAM, torch loop", setting)
+    for built in (sam, loop):
+        for module in built.trainer.get_model().modules():
+            for name in ("p", "dropout", "dropout_p"):
+                if isinstance(getattr(module, name, None), float):
+                    setattr(module, name, 0.0)
+        for parameter_group in built.trainer.optimizer.param_groups:
+            parameter_group["lr"] = 1e-5
+    start = [p.detach().clone() for p in sam.trainer.get_model().parameters()]
+    for seed in range(3):
+        samples = benchmark_methods.samples_of(setting, 2, seed)
+        sam.update(samples)
+        loop.update(samples)
+    pairs = zip(sam.trainer.get_model().parameters(), loop.trainer.get_model().parameters(), start)
+    moved = difference = 0.0
+    for one, other, own in pairs:
+        moved += (one - own).square().sum().item()
+        difference += (one - other).square().sum().item()
+    assert 0 < difference < 0.05 * moved or difference == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--methods", "SAM, torch loop", "Adam"], "--methods SAM, torch loop"),
+        (["--batch-size", "0"], "--batch-size"),
+    ],
+)
+def test_wrong_options(tmp_path, words, message):
+    assert message in run(tmp_path, *words, code=2).stderr
+
+
+def test_phases_by_hand():
+    """On a clock that is read once a mark: inner phases do not count for outer ones."""
+    times = iter([0, 1, 3, 7, 12, 20, 30, 31])
+    clock = benchmark_phases.PhaseClock(lambda: None, lambda: float(next(times)))
+    mark = "record_function"
+    own = getattr(torch.autograd.profiler, mark)
+    with clock.running():  # 0
+        with torch.autograd.profiler.record_function("sam-ascent"):  # 1
+            with torch.autograd.profiler.record_function("forward"):  # 3
+                with torch.autograd.profiler.record_function("not ours"):
+                    pass
+            # 7
+        # 12
+        with torch.autograd.profiler.record_function("sam-restore"):  # 20
+            pass
+        # 30
+    # 31
+    assert getattr(torch.autograd.profiler, mark) is own
+    assert clock.seconds == {
+        benchmark_phases.REST: 1 + 8 + 1,
+        "rest of the ascent": 2 + 5,
+        "forward": 4,
+        "restore": 10,
+    }
+
+
+def test_floor_by_hand():
+    """Forward 1, backward 2, no-grad forward 1: (2 x 3 + 1) / (2 x 3) = 7/6."""
+    ratios = dict(zip(benchmark.PASSES, (1.0, 1.0, 3.0)))
+    rows = {name: {"wall_ratio": ratio} for name, ratio in ratios.items()}
+    found = benchmark.floor(rows, "wall")
+    assert found["delta-SAM / SAM"] == pytest.approx(7 / 6)
+    assert found["backward / forward"] == 2
+
+
+def test_summary_by_hand():
+    setting = benchmark_methods.Setting("small", 4, 8, 2, "fp32", "cpu")
+    seconds = {
+        "Adam": {"wall": [1.0, 2.0, 4.0], "cpu": [1.0, 1.0, 1.0]},
+        "SAM": {"wall": [2.0, 6.0, 8.0], "cpu": [2.0, 2.5, 3.0]},
+    }
+    row = benchmark.summary(seconds, setting, "Adam")["SAM"]
+    assert row["seconds"] == 6 and row["samples_per_second"] == pytest.approx(8 / 6)
+    assert row["wall_ratio"] == 2 and row["cpu_ratio"] == 2.5
+    assert benchmark_report.title(setting._asdict()).endswith("2 micro-batches an update")
