@@ -2,7 +2,7 @@
 
     python scripts/benchmark.py --shape base --out benchmark
     python scripts/benchmark.py --shape base --device cuda --precision fp16 --out benchmark-fp16
-    python scripts/benchmark.py --sweep --out sweep          # size, batch, length, processes
+    python scripts/benchmark.py --sweep --processes 1 2 4 --out sweep
 
 All methods train the same RoBERTa with a classification head on the same random sentences.  They
 make one update each in turn, over and over, so that what else the machine does meets all of them;
@@ -48,7 +48,9 @@ from benchmark_methods import (
     samples_of,
 )
 from benchmark_phases import phases
+from benchmark_processes import launch_options, reductions, start
 from benchmark_report import write_report
+from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 
 PASSES = ("forward", "forward without graph", "forward and backward")
@@ -153,7 +155,7 @@ def summary(
     found: Dict[str, Dict[str, List[float]]], setting: Setting, base: str
 ) -> Dict[str, Dict[str, float]]:
     """Return method -> its figures, ratios to ``base``."""
-    sentences = setting.batch_size * setting.update_freq
+    sentences = setting.batch_size * setting.update_freq * setting.processes
     out = {}
     for name, seconds in found.items():
         row = {"seconds": statistics.median(seconds["wall"])}
@@ -177,8 +179,14 @@ def floor(rows: Dict[str, Dict[str, float]], key: str) -> Dict[str, float]:
     }
 
 
-def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
-    """Return all figures of one setting."""
+def compare(
+    args: argparse.Namespace, setting: Setting, before: Optional[Callable[[Any], Any]] = None
+) -> Dict[str, Any]:
+    """Return all figures of one setting.
+
+    Args:
+        before: called with fairseq's configuration before a model is built.
+    """
     updates: Dict[str, Update] = {}
     left_out: Dict[str, str] = {}
     memory: Dict[str, Optional[int]] = {}
@@ -186,8 +194,10 @@ def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
     for name in args.methods:
         try:
             if args.memory:
-                memory[name] = peak_memory(partial(build, name, setting, args.davda54), setting)
-            built = build(name, setting, args.davda54)
+                memory[name] = peak_memory(
+                    partial(build, name, setting, args.davda54, before), setting
+                )
+            built = build(name, setting, args.davda54, before)
         except NotHere as reason:
             left_out[name] = str(reason)
             print(f"{name}: left out, {reason}", file=sys.stderr)
@@ -210,7 +220,10 @@ def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
         if args.phase_rounds and name in OURS
     }
     result["seconds_of_all_rounds"] = found
-    if args.trace:
+    if setting.processes > 1:
+        elements = sum(p.numel() for p in built.trainer.get_model().parameters())
+        result["reductions"] = reductions(elements, setting.device, wait)
+    if args.trace and setting.processes == 1:
         trace(updates, samples, args.out)
     return result
 
@@ -250,13 +263,40 @@ def machine(device: str) -> Dict[str, Any]:
     return found
 
 
-def sweep(args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """Return the comparison at several sizes, batches and lengths, one changed at a time."""
-    first = Setting(args.shape, args.batch_size, args.length, 1, args.precision, args.device)
+def sweep(args: argparse.Namespace, first: Setting) -> List[Setting]:
+    """Return settings of several sizes, batches and lengths, one changed at a time."""
     others = [first._replace(shape=s) for s in args.sweep_shapes if s != first.shape]
     others += [first._replace(batch_size=b) for b in (4, 8, 16, 32) if b != first.batch_size]
     others += [first._replace(length=n) for n in (16, 32, 64, 128) if n != first.length]
-    return [compare(args, setting) for setting in (first, *others)]
+    return [first, *others]
+
+
+def measure(
+    args: argparse.Namespace, processes: int = 1, rank: int = 0, port: int = 0
+) -> List[Dict[str, Any]]:
+    """Return the comparisons that are asked for, as one of several processes or alone."""
+    cores = os.cpu_count() or 1
+    torch.set_num_threads(args.threads or max(cores // processes, 1))
+    several = processes > 1
+    launch = launch_options(rank, processes, port, args.device) if several else []
+    before = distributed_utils.distributed_init if several else None
+    settings = [
+        Setting(
+            args.shape,
+            args.batch_size,
+            args.length,
+            update_freq,
+            precision,
+            args.device,
+            processes,
+            launch,
+        )
+        for precision, update_freq in itertools.product(args.precision, args.update_freq)
+    ]
+    if args.sweep and not several:
+        settings = sweep(args, settings[0])
+    with metrics.aggregate(new_root=True):
+        return [compare(args, setting, before) for setting in settings]
 
 
 def positive(text: str) -> int:
@@ -281,6 +321,8 @@ def parser() -> argparse.ArgumentParser:
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     add("--threads", type=positive, help="of the processor (default: all cores)")
     add("--methods", nargs="+", choices=(*OURS, *PEERS), default=list(DEFAULT), metavar="METHOD")
+    add("--processes", type=positive, nargs="+", default=[1], help="data-parallel processes")
+    add("--rank", nargs=4, help=argparse.SUPPRESS)
     add("--rounds", type=positive, default=10, help="updates of each method (default: 10)")
     add("--phase-rounds", type=int, default=3, help="updates for the phases, 0: none (default: 3)")
     add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
@@ -304,22 +346,19 @@ def main() -> int:
             f"benchmark.py: --methods {args.methods[0]}: the first, to which ratios "
             "are taken, has to be one of this package's, as Adam\n",
         )
-    torch.set_num_threads(args.threads or os.cpu_count() or 1)
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
+    if args.rank:
+        rank, processes, port, out = args.rank
+        results = measure(args, int(processes), int(rank), int(port))
+        if rank == "0":
+            Path(out).write_text(json.dumps(results), encoding="utf-8")
+        return 0
     args.out.mkdir(parents=True, exist_ok=True)
-    with metrics.aggregate(new_root=True):
-        if args.sweep:
-            args.precision = args.precision[0]
-            results = sweep(args)
-        else:
-            results = [
-                compare(
-                    args,
-                    Setting(args.shape, args.batch_size, args.length, freq, precision, args.device),
-                )
-                for precision, freq in itertools.product(args.precision, args.update_freq)
-            ]
+    results = []
+    for processes in args.processes:
+        several = processes > 1
+        results += start(__file__, sys.argv[1:], processes) if several else measure(args)
     record = {"machine": machine(args.device), "results": results}
     (args.out / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(write_report(record, args.out, plot=args.sweep))

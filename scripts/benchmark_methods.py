@@ -60,6 +60,7 @@ class Setting(NamedTuple):
     update_freq: int
     precision: str
     device: str
+    processes: int = 1
     launch: Sequence[str] = ()  # fairseq's options for several processes
 
 
@@ -158,7 +159,7 @@ def peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> 
     """
     if setting.precision != "fp32":
         raise NotHere("the peers have no half precision")
-    if setting.launch:
+    if setting.processes > 1:
         raise NotHere("the peers are compared in one process")
     trainer = build_trainer([*arguments(setting, folder), "--optimizer", "adam"])
     model, criterion = trainer.model, trainer.get_criterion()

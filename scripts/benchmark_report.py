@@ -22,7 +22,15 @@ def title(setting: Dict[str, Any]) -> str:
     parts.append(f"{setting['batch_size']} sentences of {setting['length']} tokens")
     if setting["update_freq"] > 1:
         parts.append(f"{setting['update_freq']} micro-batches an update")
+    if setting["processes"] > 1:
+        parts.append(f"{setting['processes']} processes")
     return ", ".join(parts)
+
+
+def reduction_line(result: Dict[str, Any]) -> str:
+    """What the reductions take by themselves."""
+    taken = [f"{name}: {1000 * s:.2f} ms" for name, s in result.get("reductions", {}).items()]
+    return f"All-reduce alone: {', '.join(taken)}." if taken else ""
 
 
 def comparison(result: Dict[str, Any]) -> str:
@@ -99,6 +107,7 @@ def markdown(record: Dict[str, Any]) -> str:
     for result in record["results"]:
         parts.append(f"**{title(result['setting'])}**")
         parts += [comparison(result), against_floor(result), phase_table(result)]
+        parts.append(reduction_line(result))
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -111,8 +120,8 @@ def plot_sweep(record: Dict[str, Any], path: Path) -> None:
 
     results: List[Dict[str, Any]] = record["results"]
     first = results[0]["setting"]
-    keys = ("shape", "batch_size", "length")
-    figure, axes = pyplot.subplots(1, len(keys), figsize=(10, 3.2))
+    keys = ("shape", "batch_size", "length", "processes")
+    figure, axes = pyplot.subplots(1, len(keys), figsize=(12, 3.2))
     for axis, key in zip(axes, keys):
         mine = [r for r in results if all(r["setting"][k] == first[k] for k in keys if k != key)]
         mine.sort(key=lambda r: r["rows"][r["base"]]["seconds"])

@@ -84,6 +84,20 @@ def test_the_torch_loop_is_sam(tmp_path):
     assert 0 < difference < 0.05 * moved or difference == 0
 
 
+def test_two_processes(tmp_path):
+    """Twice the sentences an update; the reductions are timed by themselves."""
+    words = ["--processes", "1", "2", "--methods", "Adam", "delta-SAM", "SAM, torch loop"]
+    text = run(tmp_path, *words, "--rounds", "1", "--no-memory", "--phase-rounds", "1").stdout
+    one, two = json.loads((tmp_path / "benchmark.json").read_text())["results"]
+    assert (one["setting"]["processes"], two["setting"]["processes"]) == (1, 2)
+    assert "one process" in two["left_out"]["SAM, torch loop"]
+    for result, sentences in ((one, 2), (two, 4)):
+        row = result["rows"]["Adam"]
+        assert row["samples_per_second"] == pytest.approx(sentences / row["seconds"])
+    assert set(two["reductions"]) == {"four float64 numbers", "gradients, float32"}
+    assert "2 processes" in text and "four float64 numbers" in text
+
+
 @pytest.mark.parametrize(
     "words, message",
     [
