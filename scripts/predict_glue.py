@@ -51,16 +51,30 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
     """Compare the task of the data with that of the data which the checkpoint was trained on.
 
     Raises:
-        PredictionError: they differ, as far as it can be known.
+        PredictionError: they differ in task, kind or encoding, as far as it can be known.
     """
     if not path.is_file():
         raise PredictionError(f"--path {path}: no such file")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    origin = Path((state["cfg"]["task"] or {}).get("data") or "") / "task.json"
+    options = state["cfg"]["task"] or {}
+    origin = Path(options.get("data") or "") / "task.json"
     if origin.is_file():
-        task = json.loads(origin.read_text(encoding="utf-8"))["task"]
-        if task != record["task"]:
-            raise PredictionError(f"--path {path}: trained on {task}, the data is {record['task']}")
+        made = json.loads(origin.read_text(encoding="utf-8"))
+        if made["task"] != record["task"]:
+            raise PredictionError(
+                f"--path {path}: trained on {made['task']}, the data is {record['task']}"
+            )
+        if made["bpe"]["sha256"] != record["bpe"]["sha256"]:
+            raise PredictionError(
+                f"--path {path}: trained on data of another BPE or dictionary; run prepare_glue.py "
+                f"with what {origin.parent} was made with"
+            )
+    scores = (state["cfg"]["criterion"] or {}).get("regression_target", False)
+    classes = options.get("num_classes", 0)
+    found = "scores" if scores else f"{classes} classes"
+    wanted = "scores" if record["scale"] is not None else f"{len(record['labels'])} classes"
+    if found != wanted:
+        raise PredictionError(f"--path {path}: trained for {found}, the data has {wanted}")
 
 
 @torch.no_grad()

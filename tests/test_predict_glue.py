@@ -28,7 +28,7 @@ def prepared(folder, task, regression):
         (data / "id" / f"{split}.txt").write_text("".join(f"{i * 10}\n" for i in range(11)))
         splits[split] = {}
     record = {"task": task, "labels": [] if regression else LABELS, "splits": splits}
-    record["scale"] = 5.0 if regression else None
+    record.update(scale=5.0 if regression else None, bpe={"sha256": {"dict": "d1"}})
     (data / "task.json").write_text(json.dumps(record))
     return data, rows
 
@@ -105,6 +105,12 @@ def test_errors(tmp_path):
     (data / "task.json").write_text(json.dumps(record))
     message = predict("--data", other, "--path", path, *out, code=2)
     assert "trained on RTE" in message and "CoLA" in message
+    scores, _ = prepared(tmp_path / "scores", "RTE", regression=True)
+    message = predict("--data", scores, "--path", path, *out, code=2)
+    assert "trained for 2 classes, the data has scores" in message
+    same = prepared(tmp_path / "same", "RTE", regression=False)[0] / "task.json"
+    same.write_text(json.dumps({**record, "bpe": {"sha256": {"dict": "d2"}}}))
+    assert "another BPE" in predict("--data", same.parent, "--path", path, *out, code=2)
     (data / "task.json").write_text(json.dumps({**record, "splits": {"train": {}}}))
     assert "test.tsv" in predict("--data", data, "--path", path, *out, code=2)
     assert not (tmp_path / "out" / "RTE.tsv").exists()
