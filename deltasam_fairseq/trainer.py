@@ -23,9 +23,10 @@ from torch.nn import Parameter
 from deltasam_fairseq.ascent import Climber, Prepared
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
+from deltasam_fairseq.perturbed import PerturbedWeights
 from deltasam_fairseq.replay import Replay
 from deltasam_fairseq.run_state import load_run_state, run_state
-from deltasam_fairseq.update_log import UpdateLog
+from deltasam_fairseq.update_log import UpdateLog, without_ascent
 
 logger = logging.getLogger(__name__)
 
@@ -50,13 +51,15 @@ class SharpnessAwareTrainer(Trainer):
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
         modules = (self.get_model(), self.get_criterion())
-        parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-        self._trained = list(dict.fromkeys(parameters))
         sam = sharpness_aware(self._optimizer)
+        weights = PerturbedWeights(modules, None if sam is None else sam.only)
+        self._trained = weights.trained
         if sam is not None:
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
-            self._climber = Climber(self, sam)
+            self._climber = Climber(self, sam, weights)
             logger.info(sam.describe())
+            if weights.partial:
+                logger.info(weights.describe())
 
     @metrics.aggregate("train")
     def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
@@ -82,6 +85,7 @@ class SharpnessAwareTrainer(Trainer):
         sam.restore()  # fairseq re-enters here for an AMP retry, with the weights still perturbed
         if not sam.active(self.get_num_updates()):
             sam.skip_ascent()
+            without_ascent()
             return self._fairseqs_step(samples, raise_oom)
 
         prepared = [self._prepare_sample(sample) for sample in samples]
@@ -163,7 +167,7 @@ class SharpnessAwareTrainer(Trainer):
         return True
 
     def _trainable(self) -> List[Parameter]:
-        """The weights that are perturbed: all that the optimizer trains, the criterion's too."""
+        """All weights that the optimizer trains, the criterion's too."""
         return [p for p in self._trained if p.requires_grad]
 
     def _loads_data_in_a_thread(self) -> bool:
@@ -226,8 +230,9 @@ class SharpnessAwareTrainer(Trainer):
         if log is not None:
             # fairseq looks at the last micro-batch alone: with a dummy there it forgets this
             # rank's other ones, and the gradient of all is divided by too few sentences.
+            counted, *others = extra_stats_to_sum
+            extra_stats_to_sum = (log.sample_size(logging_outputs, counted), *others)
             logging_outputs = log.merge(logging_outputs)
-            extra_stats_to_sum = (log.sample_size(), *extra_stats_to_sum[1:])
             ignore = log.only_dummies()
         return super()._aggregate_logging_outputs(
             logging_outputs, *extra_stats_to_sum, ignore=ignore
