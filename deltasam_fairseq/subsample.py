@@ -6,14 +6,17 @@ sentences that it weighs most.
 """
 
 import math
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, List, Set, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-# Tensors of tokens with padding, beside which others of their shape may stand.
+# Tensors of tokens with padding.
 _TOKENS = ("src_tokens", "prev_output_tokens")
+
+# Where in a mini-batch something is: the keys that lead to it.
+Path = Tuple[str, ...]
 
 
 def kept_count(n: int, fraction: float) -> int:
@@ -105,26 +108,46 @@ def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
     return node.index_select(0, kept.to(node.device))
 
 
-def _map(node: Any, change: Callable[[str, Tensor], Tensor], key: str = "") -> Any:
-    """The same nest with every tensor changed; ``change`` gets its key and itself."""
+def _map(node: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+    """The same nest with every tensor changed; ``change`` gets where it is, and itself."""
     if isinstance(node, dict):
-        return {k: _map(v, change, k) for k, v in node.items()}
+        return {k: _map(v, change, (*path, str(k))) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
-        return type(node)(_map(v, change, key) for v in node)
-    return change(key, node) if torch.is_tensor(node) else node
+        return type(node)(_map(v, change, (*path, str(i))) for i, v in enumerate(node))
+    return change(path, node) if torch.is_tensor(node) else node
 
 
-def _by_width(sample: Dict[str, Any], n: int) -> Dict[int, List[Tuple[str, Tensor]]]:
-    """Tensors of n rows, by their number of columns, where tokens are among them."""
-    found: Dict[int, List[Tuple[str, Tensor]]] = {}
+def _aligned(sample: Dict[str, Any], n: int) -> List[Dict[Path, Tensor]]:
+    """Tensors with a column for every token: one group for every tensor of tokens.
 
-    def note(key: str, tensor: Tensor) -> Tensor:
+    A target belongs to prev_output_tokens, or else to src_tokens. What could belong to two
+    tensors of tokens leaves these two out.
+    """
+    found: Dict[Path, Tensor] = {}
+
+    def note(path: Path, tensor: Tensor) -> Tensor:
         if tensor.dim() > 1 and len(tensor) == n:
-            found.setdefault(tensor.size(1), []).append((key, tensor))
+            found[path] = tensor
         return tensor
 
     _map(sample, note)
-    return {w: some for w, some in found.items() if any(key in _TOKENS for key, _ in some)}
+    groups = {path: {path: tensor} for path, tensor in found.items() if path[-1] in _TOKENS}
+    ambiguous: Set[Path] = set()
+    for path, tensor in found.items():
+        tokens = [
+            root
+            for root in groups
+            if found[root].size(1) == tensor.size(1) and path[:-1] in (root[:-1], ())
+        ]
+        if path in groups:
+            continue
+        if path[-1] == "target" and any(root[-1] == _TOKENS[1] for root in tokens):
+            tokens = [root for root in tokens if root[-1] == _TOKENS[1]]
+        if len(tokens) == 1:
+            groups[tokens[0]][path] = tensor
+        else:
+            ambiguous.update(tokens)
+    return [group for root, group in groups.items() if root not in ambiguous]
 
 
 def _are_tokens(tensor: Tensor) -> bool:
@@ -132,21 +155,15 @@ def _are_tokens(tensor: Tensor) -> bool:
 
 
 def _without_padding(part: Dict[str, Any], n: int, padding: int) -> Dict[str, Any]:
-    """Cut off columns at the ends that are padding in all tensors of that many columns."""
-    spans: Dict[int, slice] = {}
-    for width, tensors in _by_width(part, n).items():
-        if all(_are_tokens(tensor) for _, tensor in tensors):
-            filled = torch.stack([tensor.ne(padding).any(dim=0) for _, tensor in tensors])
+    """Cut off columns at the ends that are padding in all tensors of a group."""
+    spans: Dict[Path, slice] = {}
+    for group in _aligned(part, n):
+        if all(map(_are_tokens, group.values())):
+            filled = torch.stack([tensor.ne(padding).any(dim=0) for tensor in group.values()])
             columns = filled.any(dim=0).nonzero().flatten().tolist()
             if columns:
-                spans[width] = slice(columns[0], columns[-1] + 1)
-
-    def cut(_: str, tensor: Tensor) -> Tensor:
-        if tensor.dim() == 2 and len(tensor) == n and tensor.size(1) in spans:
-            return tensor[:, spans[tensor.size(1)]].contiguous()
-        return tensor
-
-    return _map(part, cut) if spans else part
+                spans.update(dict.fromkeys(group, slice(columns[0], columns[-1] + 1)))
+    return _map(part, lambda path, t: t[:, spans[path]].contiguous() if path in spans else t)
 
 
 def _count_tokens(sample: Dict[str, Any], part: Dict[str, Any], n: int, padding: int) -> Any:
@@ -154,12 +171,16 @@ def _count_tokens(sample: Dict[str, Any], part: Dict[str, Any], n: int, padding:
 
     Where there is none, the share of ``sample``'s that is the sentences'.
     """
-    counted: Dict[str, List[int]] = {}
-    for some, size in ((sample, n), (part, number_of_sentences(part))):
-        for tensors in _by_width(some, size).values():
-            for key, tensor in filter(lambda item: _are_tokens(item[1]), tensors):
-                counted.setdefault(key, []).append(int(tensor.ne(padding).sum()))
-    for key in sorted(counted, key=lambda k: k != "target"):
-        if len(counted[key]) == 2 and counted[key][0] == int(sample["ntokens"]):
-            return counted[key][1]
-    return round(int(sample["ntokens"]) * number_of_sentences(part) / n)
+    kept = number_of_sentences(part)
+
+    def counts(some: Dict[str, Any], size: int) -> Dict[Path, int]:
+        groups = [group.items() for group in _aligned(some, size)]
+        tokens = [(path, t) for group in groups for path, t in group if _are_tokens(t)]
+        tokens.sort(key=lambda item: item[0] != ("target",))
+        return {path: int(tensor.ne(padding).sum()) for path, tensor in tokens}
+
+    own = counts(part, kept)
+    for path, count in counts(sample, n).items():
+        if count == int(sample["ntokens"]) and path in own:
+            return own[path]
+    return round(int(sample["ntokens"]) * kept / n)
