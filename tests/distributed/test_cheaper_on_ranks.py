@@ -132,7 +132,7 @@ def test_rank_scope_climbs_apart(results, optimizer, backend):
     first, second = results[f"rank scope, {optimizer}, {backend}"]
     for eps, other in zip(first["eps"], second["eps"]):
         assert eps.norm().item() == pytest.approx(0.05) == other.norm().item()
-        assert (eps - other).norm() > 1e-4
+        assert (eps - other).norm() > 1e-5  # another direction
 
 
 def test_what_is_sent_for_some_weights_is_their_gradient(results):
