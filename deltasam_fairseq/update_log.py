@@ -16,9 +16,18 @@ _PREFIX = "sam:"
 _LOSS = _PREFIX + "loss"
 _RANKS = _PREFIX + "ranks"
 _GNORM = _PREFIX + "gnorm"
+_CLIMBED = _PREFIX + "climbed"
+_SIZE = _PREFIX + "sample_size"
 _SENTENCES = _PREFIX + "sentences"
 _NEGATIVE = _PREFIX + "negative"
 _SQUARES = _PREFIX + "squares"
+
+
+# What is logged as an average over the updates that had an ascent.
+_AVERAGES = (
+    *("sam_loss", "sharpness", "ascent_gnorm", "sam_realised", "delta_sam_radius"),
+    *("delta_sam_effective", "delta_sam_r", "delta_sam_negative"),
+)
 
 
 class UpdateLog:
@@ -42,6 +51,9 @@ class UpdateLog:
     Args:
         per_rank: every rank has an ascent of its own; the log then has the mean of
             ascent_gnorm over ranks, and rank 0's delta_sam_r.
+        estimated: the clean forwards are those of a part of the sentences. Their sums are scaled
+            up to those of all, and sharpness, which would compare different sentences, is left
+            out.
 
     Attributes:
         reweighting: delta-SAM's weights, None for SAM.
@@ -53,28 +65,59 @@ class UpdateLog:
 
     ascent_gnorm: Tensor
 
-    def __init__(self, per_rank: bool) -> None:
+    def __init__(self, per_rank: bool, estimated: bool = False) -> None:
         self.per_rank = per_rank
+        self.estimated = estimated
         self.reweighting: Optional[Reweighting] = None
         self.probe_radius: Optional[Tensor] = None
         self.realised: Optional[Tensor] = None
         self.weights_divisor: Union[float, Tensor] = 1.0
         self._clean: Logs = []
         self._sample_sizes: List[Any] = []
+        self._shares: List[float] = []
         self._dummies: List[bool] = []
 
-    def add(self, logging_output: Dict[str, Any], sample_size: Any, is_dummy: bool) -> None:
-        """Add a micro-batch's clean forward."""
-        self._clean.append(logging_output)
+    def add(
+        self,
+        logging_output: Dict[str, Any],
+        sample_size: Any,
+        is_dummy: bool,
+        share: float = 1.0,
+    ) -> None:
+        """Add a micro-batch's clean forward.
+
+        Args:
+            logging_output, sample_size: what the criterion returned.
+            is_dummy: whether the rank does not have this micro-batch.
+            share: of its sentences that were forwarded, above 0, at most 1.
+        """
+        self._clean.append({k: _over(v, share) for k, v in logging_output.items()})
         self._sample_sizes.append(sample_size)
+        self._shares.append(share)
         self._dummies.append(is_dummy)
 
     def only_dummies(self) -> bool:
         """Whether this rank had no sentence at all in this update."""
         return all(self._dummies)
 
-    def sample_size(self) -> Any:
-        """What this rank's micro-batches add to the denominator of the gradient."""
+    def sample_size(self, perturbed: Logs, counted: Any) -> Any:
+        """What this rank's micro-batches add to the denominator of the descent's gradient.
+
+        Args:
+            perturbed: logging outputs of the descent's forward, one a micro-batch.
+            counted: fairseq's own count of it, wrong where the last micro-batch is a dummy.
+        """
+        if not self.estimated:
+            return self._forwarded()
+        if not self._dummies[-1] or len(perturbed) != len(self._dummies):
+            return counted
+        found = zip(perturbed, self._sample_sizes, self._shares, self._dummies)
+        return float(
+            sum(log.get("sample_size", s / share) for log, s, share, dummy in found if not dummy)
+        )
+
+    def _forwarded(self) -> Any:
+        """Sample size of this rank's clean forwards."""
         total = sum(s * (not dummy) for s, dummy in zip(self._sample_sizes, self._dummies))
         return total.float() if torch.is_tensor(total) else float(total)
 
@@ -87,19 +130,28 @@ class UpdateLog:
         if len(perturbed) != len(self._clean):  # a micro-batch ran out of memory
             perturbed = [{} for _ in self._clean]
         merged = [
-            {**c, _LOSS: p["loss"]} if "loss" in p else dict(c)
+            {**c, **self._of_descent(p)}
             for c, p, dummy in zip(self._clean, perturbed, self._dummies)
             if not dummy or self.only_dummies()
         ]
         if not merged:
             return merged
         merged[0].update({_RANKS: 1.0, _GNORM: self.ascent_gnorm})
+        if self.estimated:
+            merged[0][_CLIMBED] = self._forwarded()
         if self.reweighting is not None:
             weights, n = self.reweighting.weights, self.reweighting.n
             merged[0][_SENTENCES] = float(len(weights))
             merged[0][_NEGATIVE] = (weights < 0).sum().double()
             merged[0][_SQUARES] = n * n * self.reweighting.squares
         return merged
+
+    def _of_descent(self, perturbed: Dict[str, Any]) -> Dict[str, Any]:
+        if "loss" not in perturbed:
+            return {}
+        if not self.estimated or "sample_size" not in perturbed:
+            return {_LOSS: perturbed["loss"]}
+        return {_LOSS: perturbed["loss"], _SIZE: perturbed["sample_size"]}
 
     @staticmethod
     def split(merged: Logs) -> Tuple[Logs, Logs, Dict[str, Any]]:
@@ -110,7 +162,10 @@ class UpdateLog:
         """
         clean = [{k: v for k, v in log.items() if not k.startswith(_PREFIX)} for log in merged]
         perturbed = [{**c, "loss": log[_LOSS]} for c, log in zip(clean, merged) if _LOSS in log]
-        keys = (_RANKS, _GNORM, _SENTENCES, _NEGATIVE, _SQUARES)
+        for of_descent, log in zip(perturbed, (log for log in merged if _LOSS in log)):
+            if _SIZE in log:
+                of_descent["sample_size"] = log[_SIZE]
+        keys = (_RANKS, _GNORM, _CLIMBED, _SENTENCES, _NEGATIVE, _SQUARES)
         sums = {k: sum(log[k] for log in merged if k in log) for k in keys}
         return clean, perturbed, sums
 
@@ -133,10 +188,12 @@ class UpdateLog:
         loss, sam_loss = (_logged_loss(task, criterion, logs) for logs in (clean, perturbed))
         if loss is not None and sam_loss is not None:
             metrics.log_scalar("sam_loss", sam_loss, sample_size, priority=20, round=3)
-            metrics.log_scalar("sharpness", sam_loss - loss, sample_size, priority=21, round=6)
+            if not self.estimated:
+                metrics.log_scalar("sharpness", sam_loss - loss, sample_size, priority=21, round=6)
         # The gradient of a rank's own shard is that of so many times fewer sentences.
         gnorm = sums[_GNORM] if self.per_rank else sums[_GNORM] / sums[_RANKS]
-        metrics.log_scalar("ascent_gnorm", gnorm / (sample_size or 1.0), priority=401, round=3)
+        size = sums[_CLIMBED] if self.estimated else sample_size
+        metrics.log_scalar("ascent_gnorm", gnorm / (size or 1.0), priority=401, round=3)
         if self.realised is not None:
             metrics.log_scalar("sam_realised", self.realised, priority=21, round=3)
         if self.reweighting is None:
@@ -153,6 +210,28 @@ class UpdateLog:
     def finite(self) -> bool:
         """Whether the guardedness of all sentences is finite; reads from the device."""
         return self.reweighting is None or bool(self.reweighting.finite)
+
+
+def without_ascent() -> None:
+    """Take figures of an ascent off fairseq's active meters where they would stand empty.
+
+    An update without an ascent adds nothing to them. Where fairseq has emptied its meters since
+    the last one (--log-interval), it would log them without a value.
+    """
+    for meters in metrics.get_active_aggregators():
+        for key in _AVERAGES:
+            meter = meters.get(key)
+            if meter is not None and not torch.is_tensor(meter.count) and not meter.count:
+                del meters[key]
+                meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
+
+
+def _over(value: Any, share: float) -> Any:
+    """A sum over a share of the sentences, scaled up to all of them."""
+    number = torch.is_tensor(value) or isinstance(value, (int, float))
+    if share == 1 or isinstance(value, bool) or not number:
+        return value
+    return value / share
 
 
 def _logged_loss(task: Any, criterion: Any, logs: Logs) -> Optional[Any]:

@@ -10,6 +10,7 @@ from deltasam_fairseq.algorithms.divergence import kl, squared_difference, symme
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
+    SENTENCES,
     draw_direction_,
     probe_generator,
     resolvable_radius,
@@ -34,6 +35,7 @@ from deltasam_fairseq.algorithms.sam import (
 __all__ = [
     "PROBE",
     "ROUNDING",
+    "SENTENCES",
     "Ascent",
     "Reweighting",
     "Rounding",

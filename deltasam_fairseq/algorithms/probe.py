@@ -9,7 +9,7 @@ from torch import Tensor
 from deltasam_fairseq.algorithms.rounding import unit_roundoff
 from deltasam_fairseq.algorithms.sam import global_norm
 
-PROBE, ROUNDING = 0, 1
+PROBE, ROUNDING, SENTENCES = 0, 1, 2
 
 PIECE = 1 << 20  # numbers of a direction that one thread draws at a time
 
@@ -24,7 +24,9 @@ def _mix(x: int) -> int:
     return x ^ (x >> 31)
 
 
-def update_generator(seed: int, update: int, use: int, device: torch.device) -> torch.Generator:
+def update_generator(
+    seed: int, update: int, use: int, device: torch.device, rank: int = 0
+) -> torch.Generator:
     """Random generator for one use in one update.
 
     Depends on nothing but its arguments, so that all processes and a resumed run draw the same
@@ -34,14 +36,15 @@ def update_generator(seed: int, update: int, use: int, device: torch.device) -> 
     Args:
         seed: the run's seed.
         update: number of updates done.
-        use: tells apart what is drawn in one update: `PROBE`, `ROUNDING`.
-        device: where the weights are.
+        use: tells apart what is drawn in one update: `PROBE`, `ROUNDING`, `SENTENCES`.
+        device: where the numbers are drawn.
+        rank: for what every process is to draw for itself; 0 where all draw the same.
 
     Returns:
         a seeded generator on ``device``.
     """
     generator = torch.Generator(device=device)
-    mixed = _mix(_mix(_mix(seed & _MASK) ^ (update & _MASK)) ^ use)
+    mixed = _mix(_mix(_mix(seed & _MASK) ^ (update & _MASK)) ^ use ^ (rank << 8))
     generator.manual_seed(mixed >> 1)
     return generator
 

@@ -9,6 +9,7 @@ from deltasam_fairseq.criterions.per_sentence import (
     PerSentence,
     has_per_sentence_losses,
     per_sentence_losses,
+    require_same_sum,
 )
 from deltasam_fairseq.criterions.plain import PlainCriterion
 from deltasam_fairseq.criterions.r3f import R3FCriterion, Seq2SeqR3FCriterion
@@ -30,4 +31,5 @@ __all__ = [
     "VATCriterion",
     "has_per_sentence_losses",
     "per_sentence_losses",
+    "require_same_sum",
 ]

@@ -11,6 +11,7 @@ fairseq's stock criterions have no such method; the functions below stand in for
 second copy of their code: the criterion runs as it is, and only its last reduction is made here.
 """
 
+import math
 from typing import Any, Callable, Dict, List, NamedTuple, Type
 
 import torch
@@ -23,6 +24,10 @@ from fairseq.criterions.masked_lm import MaskedLmLoss
 from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor
+
+# How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
+# of a sum of many terms in the precision of the model.
+_SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
 class PerSentence(NamedTuple):
@@ -181,3 +186,26 @@ def per_sentence_losses(
             "compute them in float32, from logits.float()"
         )
     return result
+
+
+def require_same_sum(
+    criterion: FairseqCriterion, total: float, stock: float, dtype: torch.dtype
+) -> None:
+    """The per-sentence losses add up to what the criterion itself returns.
+
+    Args:
+        criterion: for its name.
+        total: sum of its per-sentence losses.
+        stock: its loss of the same sentences, under the same dropout masks.
+        dtype: that the model computes in.
+
+    Raises:
+        ValueError: naming the criterion and both figures.
+    """
+    tolerance = _SUM_TOLERANCE.get(dtype, 1e-4)
+    if math.isfinite(stock) and abs(total - stock) > tolerance * max(abs(stock), 1.0):
+        raise ValueError(
+            f"the per-sentence losses of criterion {type(criterion).__name__} add up to "
+            f"{total:g}, but its loss is {stock:g}: it has terms that belong to no sentence; "
+            "use SAM (--optimizer sam_*), or share them out in per_sentence_losses"
+        )

@@ -1,6 +1,7 @@
 """Options of SAM and delta-SAM, as fairseq dataclasses that check themselves."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
@@ -52,6 +53,29 @@ class SAMConfig(FairseqDataclass):
             "without communication in the ascent. The same with one process"
         },
     )
+    sam_ascent_fraction: float = field(
+        default=1.0,
+        metadata={
+            "help": "share of the sentences of every micro-batch that the ascent's gradient is "
+            "computed from, above 0, at most 1 (default: all; Bahri et al. 2021: 0.25). SAM draws "
+            "them at random, delta-SAM keeps the most unguarded ones"
+        },
+    )
+    sam_every: int = field(
+        default=1,
+        metadata={
+            "help": "only every so many updates, counted from --sam-start-update, are perturbed; "
+            "the others are the base optimizer's; at least 1, default 1"
+        },
+    )
+    sam_only: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "perturb only the weights in whose name this regular expression is found, for "
+            "example layer_norm (SAM-ON, Mueller et al. 2023, who take a larger rho for it); "
+            "default: all weights"
+        },
+    )
 
 
 @dataclass
@@ -83,6 +107,20 @@ def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
         raise ValueError(f"--{option.replace('_', '-')} {value}: {remedy}")
 
 
+def _check_pattern(pattern: Optional[str]) -> None:
+    if pattern is None:
+        return
+    example = "layer_norm perturbs all layer normalisations"
+    _require(bool(pattern), "sam_only", "''", f"is empty; leave it out to perturb all; {example}")
+    try:
+        re.compile(pattern)
+    except re.error as e:
+        raise ValueError(
+            f"--sam-only {pattern}: is no regular expression ({e}); put \\ before a character that "
+            f"is meant as it is; {example}"
+        ) from e
+
+
 def check_optimizer_config(cfg: Any) -> None:
     """Check the values of a `SAMConfig` or `DeltaSAMConfig` (dataclass, DictConfig, Namespace).
 
@@ -106,6 +144,15 @@ def check_optimizer_config(cfg: Any) -> None:
     )
     start = cfg.sam_start_update
     _require(start >= 0, "sam_start_update", start, "must be at least 0, a number of updates")
+    fraction, every = cfg.sam_ascent_fraction, cfg.sam_every
+    _require(
+        0 < fraction <= 1,
+        "sam_ascent_fraction",
+        fraction,
+        "must be above 0 and at most 1, a share of the batch; 0.25 is Bahri et al.'s",
+    )
+    _require(every >= 1, "sam_every", every, "must be at least 1; 1 perturbs every update")
+    _check_pattern(cfg.sam_only)
     _require(
         cfg.sam_adaptive or cfg.sam_eta == DEFAULT_ETA,
         "sam_eta",

@@ -67,6 +67,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.beta: float = getattr(cfg, "delta_sam_beta", 0.0)
         self.start_update: int = cfg.sam_start_update
         self.per_rank: bool = cfg.sam_scope == "rank"
+        self.ascent_fraction: float = cfg.sam_ascent_fraction
+        self.every: int = cfg.sam_every
+        self.only: Optional[str] = cfg.sam_only
         self.probe_radius: Optional[float] = getattr(cfg, "delta_sam_probe_radius", None)
         self.weights: Union[SwappedWeights, OverwrittenWeights] = SwappedWeights()
         self.half_dtype: Optional[torch.dtype] = None
@@ -94,6 +97,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(f"adaptive, eta {self.eta:g}")
         if self.per_rank:
             parts.append("each rank from its own shard")
+        if self.ascent_fraction < 1:
+            which = "the most unguarded" if self.beta else "a random"
+            parts.append(f"ascent from {which} {self.ascent_fraction:g} of the sentences")
+        if self.only is not None:
+            parts.append(f"of weights that match {self.only}")
+        if self.every > 1:
+            parts.append(f"one update in {self.every}")
         if self.start_update:
             parts.append(f"from update {self.start_update} on")
         if self.half_dtype is not None:
@@ -104,7 +114,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def active(self, update: int) -> bool:
         """Whether the update after ``update`` updates perturbs the weights."""
-        return self.rho > 0 and update >= self.start_update
+        since = update - self.start_update
+        return self.rho > 0 and since >= 0 and since % self.every == 0
 
     @property
     def probe_signs(self) -> Tuple[float, ...]:

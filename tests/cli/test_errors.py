@@ -29,6 +29,23 @@ ERRORS = {
     "negative eta": ([*SAM, "--sam-adaptive", "--sam-eta", "-1"], ["--sam-eta -1", "at least 0"]),
     "negative start": ([*SAM, "--sam-start-update", "-1"], ["--sam-start-update -1", "at least 0"]),
     "scope": ([*SAM, "--sam-scope", "node"], ["--sam-scope", "node", "global", "rank"]),
+    "no sentences": (
+        [*SAM, "--sam-ascent-fraction", "0"],
+        ["--sam-ascent-fraction 0", "above 0", "at most 1", "0.25"],
+    ),
+    "more than all sentences": (
+        [*DELTA, "--sam-ascent-fraction", "25"],
+        ["--sam-ascent-fraction 25", "at most 1"],
+    ),
+    "fraction nan": ([*SAM, "--sam-ascent-fraction", "nan"], ["--sam-ascent-fraction nan"]),
+    "no update": ([*SAM, "--sam-every", "0"], ["--sam-every 0", "at least 1"]),
+    "part of an update": ([*SAM, "--sam-every", "1.5"], ["--sam-every", "1.5"]),
+    "no regular expression": (
+        [*SAM, "--sam-only", "layers.(0|1"],
+        ["--sam-only layers.(0|1", "no regular expression", "layer_norm"],
+    ),
+    "empty pattern": ([*DELTA, "--sam-only", ""], ["--sam-only ''", "leave it out"]),
+    "fraction of adam": (["--sam-ascent-fraction", "0.5"], ["--sam-ascent-fraction", "sam_*"]),
     "rho of adam": (["--optimizer", "adam", "--sam-rho", "0.1"], ["--sam-rho", "sam_*"]),
     "beta of adam": (["--delta-sam-beta", "1"], ["--delta-sam-beta", "delta_sam_*"]),
     "optimizer that is none": (["--optimizer", "sam_adamw"], ["--optimizer", "sam_adamw"]),

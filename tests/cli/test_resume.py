@@ -21,6 +21,15 @@ OPTIMIZERS = {
         *("--optimizer", "delta_sam_adam", "--fp16", "--fp16-no-flatten-grads"),
         *("--fp16-init-scale", "4", "--fp16-scale-window", "2"),
     ],
+    "a fraction": ["--optimizer", "sam_adam", "--sam-ascent-fraction", "0.3"],
+    "a fraction, accumulated": [
+        *("--optimizer", "delta_sam_adam", "--sam-ascent-fraction", "0.3", "--update-freq", "2"),
+    ],
+    "every other update": ["--optimizer", "delta_sam_adam", "--sam-every", "2"],
+    "some weights, half precision": [
+        *("--optimizer", "delta_sam_adam", "--sam-only", "layer_norm", "--memory-efficient-bf16"),
+        *("--sam-ascent-fraction", "0.5"),
+    ],
     "begins after the stop": ["--optimizer", "sam_adam", "--sam-start-update", "4"],
 }
 

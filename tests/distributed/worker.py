@@ -30,7 +30,8 @@ def record(trainer, seen):
     sam = sharpness_aware(trainer.optimizer)
     if sam is None:
         return
-    reweight, ascend = trainer._reweight, sam.ascend
+    climber = trainer._climber
+    reweight, ascend = climber._reweight, sam.ascend
 
     def recording_reweight(*args):
         found = reweight(*args)
@@ -44,7 +45,7 @@ def record(trainer, seen):
         seen["eps"].append(torch.cat([m.flatten() for m in moved]))
         return ascent
 
-    trainer._reweight, sam.ascend = recording_reweight, recording_ascend
+    climber._reweight, sam.ascend = recording_reweight, recording_ascend
 
 
 def count_collectives(counts):

@@ -1,0 +1,186 @@
+"""A mini-batch with fewer of its sentences, for an ascent that is made from a fraction of them.
+
+Bahri et al. 2021 ("Sharpness-Aware Minimization Improves Language Model Generalization") climb
+along the gradient of a quarter of the batch, drawn at random. delta-SAM knows better ones: the
+sentences that it weighs most.
+"""
+
+import math
+from typing import Any, Callable, Dict, List, Set, Tuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+# Tensors of tokens with padding.
+_TOKENS = ("src_tokens", "prev_output_tokens")
+
+# Where in a mini-batch something is: the keys that lead to it.
+Path = Tuple[str, ...]
+
+
+def kept_count(n: int, fraction: float) -> int:
+    """``ceil(fraction n)``: how many of n sentences the ascent is made from, 1 to n."""
+    return max(1, math.ceil(fraction * n - 1e-9))  # 0.1 * 30 is 3.0000000000000004
+
+
+def draw_sentences(n: int, fraction: float, generator: torch.Generator) -> Tensor:
+    """Numbers of `kept_count` of n sentences, any subset as likely; ascending, shape (kept,)."""
+    shuffled = torch.randperm(n, generator=generator)
+    return shuffled[: kept_count(n, fraction)].sort().values
+
+
+def most_unguarded(weights: Tensor, fraction: float) -> Tensor:
+    """Numbers of the sentences with the largest ``|a_j|``.
+
+    Args:
+        weights: ``g'_j``, shape (B,). They rise with ``|a_j|`` (Eq. 4 to 6, ``r >= 0``); where
+            they are uniform, the first sentences are taken.
+        fraction: above 0, at most 1.
+
+    Returns:
+        ascending, shape (kept,).
+    """
+    order = torch.sort(weights, descending=True, stable=True).indices
+    return order[: kept_count(len(weights), fraction)].sort().values
+
+
+def number_of_sentences(sample: Dict[str, Any]) -> int:
+    """B of a mini-batch of fairseq's.
+
+    Raises:
+        ValueError: if it cannot be found.
+    """
+    if "nsentences" in sample:
+        return int(sample["nsentences"])
+    inputs = sample.get("net_input", {})
+    for tensor in (sample.get("target"), *(inputs.get(key) for key in _TOKENS)):
+        if torch.is_tensor(tensor) and tensor.dim():
+            return len(tensor)
+    raise ValueError(
+        "--sam-ascent-fraction: the mini-batches of this task do not say how many sentences they "
+        "have (no nsentences, target or src_tokens); use --sam-ascent-fraction 1"
+    )
+
+
+def take_sentences(sample: Dict[str, Any], kept: Tensor, padding: int) -> Dict[str, Any]:
+    """The mini-batch of some sentences of ``sample``, which is not changed.
+
+    Columns at either end that are padding for all of them go, as if they had been put together
+    alone; ntokens is counted again.
+
+    Args:
+        sample: fairseq's mini-batch: nested dictionaries and lists of tensors, with the sentences
+            in their first dimension.
+        kept: numbers of the sentences, shape (kept,).
+        padding: what stands for padding in tokens.
+
+    Raises:
+        ValueError: for a tensor in which the sentences cannot be told apart.
+    """
+    n = number_of_sentences(sample)
+    part = _select(sample, kept, n, "sample")
+    part = _without_padding(part, len(kept), padding)
+    if "nsentences" in sample:
+        part["nsentences"] = len(kept)
+    if "ntokens" in sample:
+        part["ntokens"] = _count_tokens(sample, part, n, padding)
+    return part
+
+
+def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
+    if isinstance(node, dict):
+        return {k: _select(v, kept, n, f"{path}.{k}") for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        if len(node) == n:
+            return type(node)(node[i] for i in kept.tolist())
+        return type(node)(_select(v, kept, n, f"{path}[{i}]") for i, v in enumerate(node))
+    shape = tuple(node.shape) if isinstance(node, (Tensor, np.ndarray)) else ()
+    if not shape:
+        return node
+    if shape[0] != n:
+        raise ValueError(
+            f"--sam-ascent-fraction: {path} has shape {shape} in a mini-batch of {n} sentences, "
+            "and which rows belong to which sentence is not known; use --sam-ascent-fraction 1"
+        )
+    if isinstance(node, np.ndarray):
+        return node[kept.cpu().numpy()]
+    return node.index_select(0, kept.to(node.device))
+
+
+def _map(node: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
+    """The same nest with every tensor changed; ``change`` gets where it is, and itself."""
+    if isinstance(node, dict):
+        return {k: _map(v, change, (*path, str(k))) for k, v in node.items()}
+    if isinstance(node, (list, tuple)):
+        return type(node)(_map(v, change, (*path, str(i))) for i, v in enumerate(node))
+    return change(path, node) if torch.is_tensor(node) else node
+
+
+def _aligned(sample: Dict[str, Any], n: int) -> List[Dict[Path, Tensor]]:
+    """Tensors with a column for every token: one group for every tensor of tokens.
+
+    A target belongs to prev_output_tokens, or else to src_tokens. What could belong to two
+    tensors of tokens leaves these two out.
+    """
+    found: Dict[Path, Tensor] = {}
+
+    def note(path: Path, tensor: Tensor) -> Tensor:
+        if tensor.dim() > 1 and len(tensor) == n:
+            found[path] = tensor
+        return tensor
+
+    _map(sample, note)
+    groups = {path: {path: tensor} for path, tensor in found.items() if path[-1] in _TOKENS}
+    ambiguous: Set[Path] = set()
+    for path, tensor in found.items():
+        tokens = [
+            root
+            for root in groups
+            if found[root].size(1) == tensor.size(1) and path[:-1] in (root[:-1], ())
+        ]
+        if path in groups:
+            continue
+        if path[-1] == "target" and any(root[-1] == _TOKENS[1] for root in tokens):
+            tokens = [root for root in tokens if root[-1] == _TOKENS[1]]
+        if len(tokens) == 1:
+            groups[tokens[0]][path] = tensor
+        else:
+            ambiguous.update(tokens)
+    return [group for root, group in groups.items() if root not in ambiguous]
+
+
+def _are_tokens(tensor: Tensor) -> bool:
+    return tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
+
+
+def _without_padding(part: Dict[str, Any], n: int, padding: int) -> Dict[str, Any]:
+    """Cut off columns at the ends that are padding in all tensors of a group."""
+    spans: Dict[Path, slice] = {}
+    for group in _aligned(part, n):
+        if all(map(_are_tokens, group.values())):
+            filled = torch.stack([tensor.ne(padding).any(dim=0) for tensor in group.values()])
+            columns = filled.any(dim=0).nonzero().flatten().tolist()
+            if columns:
+                spans.update(dict.fromkeys(group, slice(columns[0], columns[-1] + 1)))
+    return _map(part, lambda path, t: t[:, spans[path]].contiguous() if path in spans else t)
+
+
+def _count_tokens(sample: Dict[str, Any], part: Dict[str, Any], n: int, padding: int) -> Any:
+    """ntokens of ``part``: what is not padding, in the tensor whose count is the sample's ntokens.
+
+    Where there is none, the share of ``sample``'s that is the sentences'.
+    """
+    kept = number_of_sentences(part)
+
+    def counts(some: Dict[str, Any], size: int) -> Dict[Path, int]:
+        groups = [group.items() for group in _aligned(some, size)]
+        tokens = [(path, t) for group in groups for path, t in group if _are_tokens(t)]
+        tokens.sort(key=lambda item: item[0] != ("target",))
+        return {path: int(tensor.ne(padding).sum()) for path, tensor in tokens}
+
+    own = counts(part, kept)
+    for path, count in counts(sample, n).items():
+        if count == int(sample["ntokens"]) and path in own:
+            return own[path]
+    return round(int(sample["ntokens"]) * kept / n)
