@@ -20,11 +20,11 @@ import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
-from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import Reweighting, guardedness, guardedness_sums, reweight
+from deltasam_fairseq.averaging_trainer import AveragingTrainer
 from deltasam_fairseq.criterions import (
     PerSentence,
     RegularisedCriterion,
@@ -45,7 +45,7 @@ Prepared = Tuple[Dict[str, Any], bool]
 _SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
 
 
-class SharpnessAwareTrainer(Trainer):
+class SharpnessAwareTrainer(AveragingTrainer):
     """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
 
     With any other optimizer an update is fairseq's, untouched; the criterion is told of it if it
