@@ -1,4 +1,4 @@
-"""What --swa-* mean: when averaging begins, how often, and the learning rate; and what is refused."""
+"""What --swa-* mean: when weights are averaged, the learning rate; and what is refused."""
 
 import sys
 from argparse import Namespace
@@ -15,9 +15,18 @@ import runs  # noqa: E402
 import tiny  # noqa: E402
 
 DEFAULTS = {
-    **dict(swa_start="0.5", swa_every=None, swa_decay=None, swa_lr=None, swa_anneal=0),
-    **dict(swa_anneal_strategy="cos", swa_cycle_length=None, swa_cycle_lr=None),
-    **dict(swa_device="model", swa_validate_both=False, max_update=100, max_epoch=10),
+    "swa_start": "0.5",
+    "swa_every": None,
+    "swa_decay": None,
+    "swa_lr": None,
+    "swa_anneal": 0,
+    "swa_anneal_strategy": "cos",
+    "swa_cycle_length": None,
+    "swa_cycle_lr": None,
+    "swa_device": "model",
+    "swa_validate_both": False,
+    "max_update": 100,
+    "max_epoch": 10,
 }
 
 
