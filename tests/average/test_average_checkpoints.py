@@ -108,7 +108,7 @@ def test_a_run_starts_from_it(classification, folder, tmp_path, capsys):
     call(capsys, folder, "--last-epochs", "3", "--output", out)
     start = ["--finetune-from-model", str(out), "--lr", "0", "--max-update", "1"]
     run = runs.train(classification, tmp_path / "tuned", *start)
-    runs.assert_same(dict(run.checkpoint["model"]), dict(model(out)))
+    runs.assert_same(*map(tiny.without_fused, (run.checkpoint["model"], model(out))))
 
 
 def save(path, **tensors):
@@ -174,7 +174,7 @@ ERRORS = {
     "best up to": (["{run}", "--best", "1", "--up-to", "3"], ["--up-to 3", "--best"]),
     "files up to": (["{run}/checkpoint1.pt", "--up-to", "3"], ["--up-to 3", "--last-epochs"]),
     "raw of a run without": (["{run}/checkpoint1.pt", "--raw"], ["--raw", "leave --raw out"]),
-    "no checkpoint": (["{file}"], ["{file}", "no checkpoint"]),
+    "no checkpoint": (["{file}"], ["{file}", "checkpoint"]),
     "another model": (["{run}/checkpoint1.pt", "{other}"], ["{other}", "another model", "w"]),
 }
 

@@ -4,6 +4,7 @@ import json
 import re
 import sys
 
+import fairseq
 import fairseq_cli.train
 import pytest
 import runs
@@ -72,10 +73,14 @@ def test_from_pretrained(classification, averaged):
         str(path.parent), path.name, str(classification), bpe=None, user_dir=tiny.USER_DIR
     )
     averages = runs.load(path)["extra_state"][STATE]["averages"]
-    for name, p in hub.model.named_parameters():
+    for name, p in tiny.without_fused(dict(hub.model.named_parameters())).items():
         assert torch.equal(p, averages[f"model.{name}"])
 
 
+@pytest.mark.skipif(
+    fairseq.__version__.startswith("0.12.2") and int(torch.__version__.split(".")[0]) >= 2,
+    reason="the fused encoder of fairseq 0.12.2 does not run on torch 2",
+)
 def test_fairseq_generate(translation, tmp_path):
     options = ["--lr-scheduler", "swa_inverse_sqrt", "--swa-start", "2", "--swa-decay", "0.9"]
     runs.train(translation, tmp_path, *options, criterion="label_smoothed_cross_entropy")
