@@ -40,18 +40,20 @@ class AveragingTrainer(Trainer):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.weight_average: Optional[WeightAverage] = None
+        self._named: Dict[str, Parameter] = {}
         self._epoch_itr: Any = None
         self._seen_update = 0
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
+        self._named = self._trained_by_name()
         scheduler = self._lr_scheduler
         if not isinstance(scheduler, SWAScheduler):
             return
         scheduler.attended = True
         cfg = scheduler.cfg
         self.weight_average = WeightAverage(
-            self._trained_by_name(), cfg.swa_decay, on_cpu=str(cfg.swa_device) == "cpu"
+            self._named, cfg.swa_decay, on_cpu=str(cfg.swa_device) == "cpu"
         )
         logger.info(scheduler.describe())
         modules = self.get_model().modules()
@@ -73,7 +75,7 @@ class AveragingTrainer(Trainer):
     def _raw(self) -> Dict[str, Tensor]:
         """The weights themselves by name, of half-precision ones the masters if there are."""
         masters = masters_of(self._optimizer) or {}
-        return {name: masters.get(p, p.data) for name, p in self._trained_by_name().items()}
+        return {name: masters.get(p, p.data) for name, p in self._named.items()}
 
     # Training
 
@@ -133,10 +135,10 @@ class AveragingTrainer(Trainer):
             return super().state_dict()
         with average.in_force():
             state = super().state_dict()
-            average.put_into(state["model"], state["criterion"])
+            averages = average.put_into(state["model"], state["criterion"])
         if not self.cfg.checkpoint.no_save_optimizer_state:
             with average.raw():
-                state["extra_state"][STATE] = average.state_dict(self._raw())
+                state["extra_state"][STATE] = average.state_dict(averages, self._raw())
         return state
 
     def load_checkpoint(
@@ -147,8 +149,8 @@ class AveragingTrainer(Trainer):
         saved = (extra_state or {}).pop(STATE, None)
         if saved is None or reset_optimizer:
             return extra_state
-        own = self._trained_by_name()
         masters = masters_of(self.optimizer) or {}
+        own = self._named
         with torch.no_grad():
             for name, value in raw_weights(saved, own).items():
                 own[name].data.copy_(value)

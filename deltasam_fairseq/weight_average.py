@@ -95,28 +95,34 @@ class WeightAverage:
 
     # Checkpoints
 
-    def put_into(self, *states: Optional[Dict[str, Any]]) -> None:
-        """Put the float32 averages into a module's ``state_dict`` that was made while `in_force`.
+    def put_into(self, *states: Optional[Dict[str, Any]]) -> Dict[str, Tensor]:
+        """Put the float32 averages into ``state_dict`` of modules that were made while `in_force`.
 
-        Half-precision values of such a state have been rounded; and what is saved twice, here and
-        in `state_dict`, is then one tensor, and stands in a file once.
+        Half-precision values of such a state have been rounded.
+
+        Returns:
+            the averages by name, on the CPU: what is saved twice, as the model and in `state_dict`,
+            is one tensor, and stands in a file once.
         """
-        averages = {
-            self._parameters[name].data_ptr(): average for name, average in self._averages.items()
-        }
+        averages = {name: average.cpu() for name, average in self._averages.items()}
+        places = {self._parameters[name].data_ptr(): a for name, a in averages.items()}
         for state in states:
             for key, value in (state or {}).items():
-                average = averages.get(value.data_ptr()) if torch.is_tensor(value) else None
+                average = places.get(value.data_ptr()) if torch.is_tensor(value) else None
                 if average is not None and average.shape == value.shape and value.numel():
                     state[key] = average  # type: ignore[index]
+        return averages
 
-    def state_dict(self, raw: Mapping[str, Tensor]) -> Dict[str, Any]:
+    def state_dict(
+        self, averages: Mapping[str, Tensor], raw: Mapping[str, Tensor]
+    ) -> Dict[str, Any]:
         """What a resumed run needs.
 
         Args:
+            averages: as `put_into` returns them.
             raw: the weights from which training goes on, by name, float32 where there are masters.
         """
-        return {_N: self.n, _AVERAGES: dict(self._averages), _RAW: dict(raw)}
+        return {_N: self.n, _AVERAGES: dict(averages), _RAW: dict(raw)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put a `state_dict` back, but for the raw weights, see `raw_weights`."""
@@ -124,6 +130,11 @@ class WeightAverage:
         self._averages = {
             name: self._home(name, value, copy=True) for name, value in state[_AVERAGES].items()
         }
+
+    @property
+    def averages(self) -> Dict[str, Tensor]:
+        """The averages by name; empty before the first weights have entered."""
+        return self._averages
 
 
 def raw_weights(state: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Dict[str, Tensor]:

@@ -141,7 +141,7 @@ def test_shared_and_frozen_weights_and_buffers(classification, tmp_path, monkeyp
     for sample in tiny.batches(trainer)[:3]:
         trainer.train_step([sample])
         model.numbers += 1
-    averages = trainer.weight_average.state_dict({})["averages"]
+    averages = trainer.weight_average.averages
     trainer.consolidate_optimizer()
     names = [name for name in averages if name.endswith(("embed_tokens.weight", "lm_head.weight"))]
     assert len(names) == 1
