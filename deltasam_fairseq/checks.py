@@ -4,10 +4,12 @@ from typing import Any
 
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.optim import OPTIMIZER_REGISTRY
+from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 
 from deltasam_fairseq.checkpoints import require_restore_file
 from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
+from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
 
@@ -16,14 +18,20 @@ def _name(node: Any) -> Any:
     return node if isinstance(node, str) or node is None else getattr(node, "_name", None)
 
 
-def _check_seam(cfg: Any, optimizer: str) -> None:
-    """Refuse the ways of training whose update is not one step of fairseq's Trainer."""
+def _check_seam(cfg: Any, asked: str, each_rank: str) -> None:
+    """Refuse the ways of training whose update is not one step of fairseq's Trainer.
+
+    Args:
+        cfg: fairseq's whole configuration.
+        asked: option and value that need the seam.
+        each_rank: what ranks would do that are not the same after every update.
+    """
     distributed = cfg.distributed_training
     for wanted, option, why in (
         (cfg.common.model_parallel_size > 1, "model-parallel-size", "Megatron has its own trainer"),
         (cfg.common.tpu, "tpu", "not supported"),
         (distributed.pipeline_model_parallel, "pipeline-model-parallel", "not supported"),
-        (cfg.optimization.use_bmuf, "use-bmuf", "each rank would perturb and step on its own"),
+        (cfg.optimization.use_bmuf, "use-bmuf", each_rank),
         (
             distributed.ddp_backend in ("slowmo", "fully_sharded"),
             f"ddp-backend {distributed.ddp_backend}",
@@ -31,7 +39,7 @@ def _check_seam(cfg: Any, optimizer: str) -> None:
         ),
     ):
         if wanted:
-            raise ValueError(f"--{option} cannot be combined with --optimizer {optimizer}: {why}")
+            raise ValueError(f"--{option} cannot be combined with {asked}: {why}")
 
 
 def _check_delta_sam(cfg: Any, optimizer: str) -> None:
@@ -93,6 +101,16 @@ def _check_criterion(cfg: Any) -> None:
         )
 
 
+def _check_averaging(cfg: Any) -> None:
+    """Options of weight averaging, which needs the same weights on every rank."""
+    name = _name(cfg.lr_scheduler)
+    cls = LR_SCHEDULER_REGISTRY.get(name)
+    if cls is None or not issubclass(cls, SWAScheduler):
+        return
+    check_swa_config(cfg.lr_scheduler)
+    _check_seam(cfg, f"--lr-scheduler {name}", "each rank would average weights of its own")
+
+
 def check_config(cfg: Any) -> None:
     """Check what this plugin adds to a run.
 
@@ -105,11 +123,12 @@ def check_config(cfg: Any) -> None:
     """
     require_restore_file(cfg.checkpoint)
     _check_criterion(cfg)
+    _check_averaging(cfg)
     optimizer = _name(cfg.optimizer)
     cls = OPTIMIZER_REGISTRY.get(optimizer)
     if cls is None or not issubclass(cls, SharpnessAwareOptimizer):
         return
     check_optimizer_config(cfg.optimizer)
-    _check_seam(cfg, optimizer)
+    _check_seam(cfg, f"--optimizer {optimizer}", "each rank would perturb and step on its own")
     if getattr(cfg.optimizer, "delta_sam_beta", 0) and cfg.optimizer.sam_rho:
         _check_delta_sam(cfg, optimizer)

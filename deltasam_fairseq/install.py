@@ -11,10 +11,13 @@ import fairseq.trainer
 from fairseq import options
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf, gen_parser_from_dataclass
 from fairseq.optim import OPTIMIZER_REGISTRY
+from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.registry import REGISTRIES
 
 from deltasam_fairseq import failures, launch
+from deltasam_fairseq.averaging_trainer import validates_average
 from deltasam_fairseq.checks import check_config
+from deltasam_fairseq.lr_schedulers import SWAConfig, SWAScheduler
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 
@@ -58,6 +61,8 @@ def _with_remedy(error: Callable[[str], None]) -> Callable[[str], None]:
     def wrapper(message: str) -> None:
         if "unrecognized arguments" in message and re.search("--(delta-)?sam-", message):
             message += "; --sam-* and --delta-sam-* belong to --optimizer sam_* and delta_sam_*"
+        if "unrecognized arguments" in message and "--swa-" in message:
+            message += "; --swa-* belong to --lr-scheduler swa_*, such as swa_polynomial_decay"
         error(message)
 
     return wrapper
@@ -82,6 +87,11 @@ def _show_chosen_options(parser: argparse.ArgumentParser, argv: Sequence[str]) -
     if trains and not issubclass(optimizer, SharpnessAwareOptimizer):
         group = parser.add_argument_group("--optimizer sam_* and delta_sam_*")
         gen_parser_from_dataclass(group, DeltaSAMConfig())
+    if trains and not issubclass(
+        LR_SCHEDULER_REGISTRY.get(chosen.lr_scheduler, object), SWAScheduler
+    ):
+        group = parser.add_argument_group("--lr-scheduler swa_*")
+        gen_parser_from_dataclass(group, SWAConfig())
 
 
 def _checked_parse(parse_args_and_arch: Any) -> Any:
@@ -127,6 +137,8 @@ def install() -> None:
             program.Trainer = SharpnessAwareTrainer
         if not hasattr(program.add_defaults, "_deltasam"):
             program.add_defaults = _checked_defaults(program.add_defaults)
+        if not hasattr(program.validate, "_deltasam"):
+            program.validate = validates_average(program.validate)
         failures.explain_lost_ranks(program)
     if not hasattr(options.parse_args_and_arch, "_deltasam"):
         options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)

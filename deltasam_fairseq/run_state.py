@@ -5,6 +5,7 @@ from typing import Any, Dict, Optional
 from fairseq.trainer import Trainer
 
 from deltasam_fairseq.criterions import RegularisedCriterion
+from deltasam_fairseq.lr_schedulers import SWAScheduler
 from deltasam_fairseq.optim import sharpness_aware
 
 # Keys of a checkpoint's extra state.
@@ -22,7 +23,7 @@ def run_state(trainer: Trainer) -> Dict[str, Any]:
         entries for the checkpoint's ``extra_state``: tensors and plain values.
     """
     state: Dict[str, Any] = {}
-    if sharpness_aware(trainer.optimizer) is not None:
+    if _keeps_scaler(trainer):
         state[_SCALER] = _scaler_counters(trainer)
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
@@ -39,12 +40,19 @@ def load_run_state(trainer: Trainer, state: Dict[str, Any]) -> None:
     counters = state.get(_SCALER)
     scaler = getattr(trainer.optimizer, "scaler", None)
     # There is none where a run saved in fp16 is resumed in another precision.
-    if not counters or scaler is None or sharpness_aware(trainer.optimizer) is None:
+    if not counters or scaler is None or not _keeps_scaler(trainer):
         return
     if trainer.cfg.common.amp:
         scaler.load_state_dict(counters)
     else:
         vars(scaler).update({k: counters[k] for k in vars(scaler) if k in counters})
+
+
+def _keeps_scaler(trainer: Trainer) -> bool:
+    """Whether the run is one of this plugin's, which resume bit for bit."""
+    return sharpness_aware(trainer.optimizer) is not None or isinstance(
+        trainer.lr_scheduler, SWAScheduler
+    )
 
 
 def _scaler_counters(trainer: Trainer) -> Optional[Dict[str, Any]]:

@@ -16,11 +16,11 @@ from typing import Any, Dict, List, Optional
 
 import torch
 from fairseq.logging import metrics
-from fairseq.trainer import Trainer
 from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.ascent import Climber, Prepared
+from deltasam_fairseq.averaging_trainer import AveragingTrainer
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
 from deltasam_fairseq.perturbed import PerturbedWeights
@@ -31,7 +31,7 @@ from deltasam_fairseq.update_log import UpdateLog, without_ascent
 logger = logging.getLogger(__name__)
 
 
-class SharpnessAwareTrainer(Trainer):
+class SharpnessAwareTrainer(AveragingTrainer):
     """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
 
     With any other optimizer an update is fairseq's, untouched; the criterion is told of it if it

@@ -126,6 +126,17 @@ class TestRunner:
         again = run(prepared, out, "--sharpness", "--", *SMALL)
         assert again.count("already there") == 4
 
+    def test_averages(self, prepared, tmp_path):
+        """2 updates: SWA averages the weights after 1 and 2, at the recipe's highest rate."""
+        out = tmp_path / "out"
+        more = ["--methods", "ema", "delta_sam+swa", "--", *SMALL]
+        assert "2 of 2 runs are done" in run(prepared, out, *more)
+        log = (out / "RTE" / "delta_sam+swa-seed1" / "train.log").read_text()
+        assert '"valid_swa_n": "2"' in log and '"train_lr": "2e-05"' in log
+        assert '"train_sharpness"' in log
+        log = (out / "RTE" / "ema-seed1" / "train.log").read_text()
+        assert "'swa_decay': 0.998" in log and '"valid_swa_n": "2"' in log
+
     def test_a_failed_run_is_named_and_stops_no_other(self, prepared, tmp_path):
         """SMART at a share of updates that are not set ends with fairseq-train's own error."""
         more = ["--methods", "smart", "adam", "--", *SMALL, "optimization.max_update=0"]
@@ -289,6 +300,7 @@ def test_every_method_of_every_task_has_its_files(monkeypatch):
     spec.loader.exec_module(module)
     methods = [*module.OPTIMIZERS, *module.REGULARISERS]
     methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
+    methods += [f"{m}+{a}" for m in methods for a in module.AVERAGES]
     for task, method in itertools.product(TASKS, methods):
         for override in module.method_overrides(method, task):
             group, name = override[1:].split("=")
@@ -296,3 +308,6 @@ def test_every_method_of_every_task_has_its_files(monkeypatch):
     overrides = module.method_overrides
     assert overrides("r3f+delta_sam", "RTE") == ["+method=delta_sam", "+regulariser=r3f_RTE"]
     assert overrides("freelb", "CoLA") == ["+method=adam", "+regulariser=freelb_CoLA"]
+    assert overrides("delta_sam+swa", "CoLA") == ["+method=delta_sam", "+averaging=swa"]
+    with pytest.raises(ValueError, match="--methods swa.ema: at most one"):
+        overrides("swa+ema", "CoLA")

@@ -1,4 +1,4 @@
-"""algorithms <- {optim, criterions} <- trainer <- __init__: read from the imports themselves."""
+"""algorithms <- {optim, criterions, lr_schedulers} <- trainer <- __init__: read from imports."""
 
 import ast
 from pathlib import Path
@@ -15,6 +15,7 @@ ALLOWED = {
     "algorithms": {"algorithms"},
     "optim": {"algorithms", "optim"},
     "criterions": {"algorithms", "criterions"},
+    "lr_schedulers": {"algorithms", "lr_schedulers"},
 }
 
 

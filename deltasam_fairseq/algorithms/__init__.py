@@ -6,6 +6,13 @@ from deltasam_fairseq.algorithms.adversary import (
     project,
     sentence_norm,
 )
+from deltasam_fairseq.algorithms.averaging import (
+    STRATEGIES,
+    annealed_rate,
+    cyclical_rate,
+    exponential_mean_,
+    running_mean_,
+)
 from deltasam_fairseq.algorithms.divergence import kl, squared_difference, symmetric_kl
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
@@ -36,11 +43,15 @@ __all__ = [
     "PROBE",
     "ROUNDING",
     "SENTENCES",
+    "STRATEGIES",
     "Ascent",
     "Reweighting",
     "Rounding",
+    "annealed_rate",
     "asam_ascent_",
+    "cyclical_rate",
     "draw_direction_",
+    "exponential_mean_",
     "freelb_start",
     "global_norm",
     "guardedness",
@@ -53,6 +64,7 @@ __all__ = [
     "resolvable_radius",
     "reweight",
     "round_stochastically",
+    "running_mean_",
     "sam_ascent_",
     "sentence_norm",
     "squared_difference",

@@ -7,11 +7,13 @@ from deltasam_fairseq.optim.sharpness_aware import (
     masters_of,
     sharpness_aware,
 )
+from deltasam_fairseq.optim.weights import SwappedWeights
 
 __all__ = [
     "DeltaSAMConfig",
     "SAMConfig",
     "SharpnessAwareOptimizer",
+    "SwappedWeights",
     "masters_of",
     "register_sharpness_aware_optimizers",
     "sharpness_aware",

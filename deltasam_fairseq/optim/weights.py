@@ -49,7 +49,7 @@ class SwappedWeights:
             raise RuntimeError("the weights are perturbed already; restore them first")
         buffers = [self._buffer(p) for p in parameters]
         result = write(buffers)
-        self._point(parameters, buffers)
+        self.point(parameters, buffers)
         return result
 
     def _buffer(self, p: Parameter) -> Tensor:
@@ -62,7 +62,8 @@ class SwappedWeights:
             found = self._buffers[p] = p.data.clone()
         return found
 
-    def _point(self, parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
+    def point(self, parameters: Sequence[Parameter], values: Sequence[Tensor]) -> None:
+        """Let ``parameters`` be these very tensors, of their dtype and device, until `restore`."""
         self._originals = [p.data for p in parameters]
         # From here on `restore` is right at any moment, also from a signal handler.
         self._parameters = list(parameters)
@@ -84,7 +85,7 @@ class SwappedWeights:
             yield
         finally:
             if parameters:
-                self._point(parameters, values)
+                self.point(parameters, values)
 
 
 class OverwrittenWeights:

@@ -44,6 +44,7 @@ HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.
     "delta_sam": ("sam_rho", "delta_sam_beta"),
 }
 REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat")
+AVERAGES = ("swa", "ema")
 OWN_RECIPES = {"minilm": "bert_base"}  # of backbones that have none of their own
 PRECISIONS: Dict[str, List[str]] = {
     "fp32": [],
@@ -116,32 +117,34 @@ def method_overrides(
 ) -> List[str]:
     """Return the overrides that take the files of config/ which a method is made of.
 
-    A method is an optimizer, a regulariser, or both with a plus sign between: ``r3f+delta_sam``.  A
-    regulariser alone goes with plain Adam.  ``chosen`` has the rho and beta to use instead of the
-    recipe's, by the names of the optimizer's options.
+    A method is an optimizer, a regulariser, an average of weights, or several with plus signs
+    between: ``r3f+delta_sam``, ``delta_sam+swa``.  Without an optimizer it is plain
+    Adam.  ``chosen`` has the rho and beta to use instead of the recipe's, by the names of the
+    optimizer's options.
 
     Raises:
         ValueError: for a name that is none of them.
     """
     parts = method.split("+")
     for part in parts:
-        if part not in OPTIMIZERS + REGULARISERS:
+        if part not in OPTIMIZERS + REGULARISERS + AVERAGES:
             raise ValueError(
                 f"--methods {method}: {part!r} is not known; of "
-                f"{', '.join(OPTIMIZERS + REGULARISERS)} take one optimizer, one regulariser, or "
-                "both joined by +"
+                f"{', '.join(OPTIMIZERS + REGULARISERS + AVERAGES)} take one optimizer, one "
+                "regulariser, one average, or several joined by +"
             )
     optimizers = [part for part in parts if part in OPTIMIZERS]
     regularisers = [part for part in parts if part in REGULARISERS]
-    if len(optimizers) > 1 or len(regularisers) > 1:
-        raise ValueError(f"--methods {method}: at most one optimizer and one regulariser")
+    averages = [part for part in parts if part in AVERAGES]
+    if max(map(len, (optimizers, regularisers, averages))) > 1:
+        raise ValueError(f"--methods {method}: at most one optimizer, one regulariser, one average")
     optimizer = optimizers[0] if optimizers else "adam"
     overrides = [f"+method={optimizer}"]
     overrides += [f"optimizer.{o}={chosen[o]:g}" for o in HYPERPARAMETERS[optimizer] if chosen]
     for name in regularisers:
         own = CONFIG / "regulariser" / f"{name}_{task}.yaml"
         overrides.append(f"+regulariser={own.stem if own.is_file() else name}")
-    return overrides
+    return overrides + [f"+averaging={name}" for name in averages]
 
 
 def check_common(args: argparse.Namespace) -> Optional[str]:

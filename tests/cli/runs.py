@@ -46,9 +46,17 @@ def parse(argv: Sequence[str]) -> Any:
     return convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, list(argv)))
 
 
-def train(data: Path, save_dir: Path, *more: str, criterion: str = "sentence_prediction") -> Run:
+def train(
+    data: Path,
+    save_dir: Path,
+    *more: str,
+    criterion: str = "sentence_prediction",
+    validate: bool = False,
+) -> Run:
     """Train in this process; ``more`` comes last on the command line and wins."""
-    cfg = parse(tiny.arguments(data, save_dir, *SHORT, *more, criterion=criterion))
+    short = [word for word in SHORT if not validate or word != "--disable-validation"]
+    cfg = parse(tiny.arguments(data, save_dir, *short, *more, criterion=criterion))
+    vars(checkpoint_utils.save_checkpoint).pop("best", None)  # of an earlier run
     messages, logger = _Messages(), logging.getLogger("fairseq.logging.progress_bar")
     level = logger.level
     logger.setLevel(logging.INFO)

@@ -5,6 +5,7 @@ import tiny
 from fairseq import options
 
 SHARED = ["--sam-rho", "--sam-adaptive", "--sam-eta", "--sam-start-update", "--sam-scope"]
+SWA = ["--swa-start", "--swa-every", "--swa-decay", "--swa-lr", "--swa-validate-both"]
 DELTA = ["--delta-sam-beta", "--delta-sam-probe-radius"]
 
 
@@ -22,7 +23,8 @@ def help_of(capsys, *argv):
         (["--optimizer", "delta_sam_adam"], [*SHARED, *DELTA, "--adam-betas"], []),
         (["--optimizer", "sam_sgd"], [*SHARED, "--momentum"], ["--adam-betas"]),
         (["--optimizer", "adam"], [*SHARED, *DELTA, "--adam-betas"], []),
-        ([], [*SHARED, *DELTA], ["--adam-betas"]),
+        ([], [*SHARED, *DELTA, *SWA], ["--adam-betas"]),
+        (["--lr-scheduler", "swa_cosine"], [*SWA, "--lr-period-updates"], ["--power"]),
         (["--criterion", "sentence_prediction"], [*SHARED, "--regression-target"], []),
     ],
 )

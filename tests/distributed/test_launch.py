@@ -7,7 +7,6 @@ two hosts are two network namespaces, where this user may make them.
 import contextlib
 import importlib.util
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -77,10 +76,7 @@ def run(*commands, **variables):
 
 
 def weights(save_dir):
-    """All but the fused copies of fairseq 0.12.2, which it does not train but makes on loading."""
-    found = tiny.checkpoint_weights(save_dir / "checkpoint_last.pt")
-    fused = re.compile(r"layers\.\d+\.(in_proj|out_proj|fc\d)_(weight|bias)$")
-    return {name: tensor for name, tensor in found.items() if not fused.search(name)}
+    return tiny.without_fused(tiny.checkpoint_weights(save_dir / "checkpoint_last.pt"))
 
 
 @pytest.fixture(scope="module")

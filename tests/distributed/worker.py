@@ -83,6 +83,8 @@ def run(spec, rank, world_size, port, counts):
         seen["collectives"].append(list(counts))
         seen["logs"].append({k: float(v) for k, v in log.items()})
     seen["parameters"] = torch.cat([p.data.flatten() for p in trainer._trainable()])
+    if trainer.weight_average is not None:
+        seen["average"] = trainer.weight_average.averages
     torch.save(seen, f"{spec['out']}.{rank}.pt")
 
 

@@ -1,0 +1,1 @@
+"""Average the checkpoints of a run: ``python -m deltasam_fairseq.average``."""

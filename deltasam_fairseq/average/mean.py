@@ -1,0 +1,125 @@
+"""The mean of checkpoints."""
+
+from typing import Any, Dict, Sequence
+
+import torch
+from fairseq.file_io import PathManager
+from torch import Tensor
+
+from deltasam_fairseq.algorithms import running_mean_
+from deltasam_fairseq.averaging_trainer import STATE
+from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.checkpoints.reading import read_safely
+
+
+class UsageError(Exception):
+    """Something that the user can mend; the message says how."""
+
+
+def read(path: str) -> Dict[str, Any]:
+    """A checkpoint as it is in the file but for the optimizer's state, on the CPU.
+
+    Raises:
+        UsageError: it cannot be read.
+    """
+    try:
+        with PathManager.open(path, "rb") as f:
+            state = read_safely(torch.load, f, map_location="cpu")
+    except (CheckpointDamagedError, CheckpointRefusedError, OSError) as e:
+        raise UsageError(str(e)) from e  # names the file
+    if not isinstance(state, dict) or not isinstance(state.get("model"), dict):
+        raise UsageError(f"{path}: not a checkpoint of fairseq, it holds no model")
+    state.pop("last_optimizer_state", None)  # large, and belongs to other weights than the mean
+    return state
+
+
+def _weights(state: Dict[str, Any], path: str, raw: bool) -> Dict[str, Dict[str, Any]]:
+    """State dicts of model and criterion, with --raw of the weights themselves."""
+    modules = {
+        owner: dict(state[owner])
+        for owner in ("model", "criterion")
+        if state.get(owner) is not None
+    }
+    saved = state.get("extra_state", {}).get(STATE)
+    if raw and saved is not None:
+        for name, value in saved["raw"].items():
+            owner, key = name.split(".", 1)
+            averages = modules[owner][key]
+            for other, tensor in modules[owner].items():  # also the other names of a shared one
+                if torch.is_tensor(tensor) and _same_storage(tensor, averages):
+                    modules[owner][other] = value
+    elif raw:
+        raise UsageError(f"--raw: {path} has no average beside its weights; leave --raw out")
+    return modules
+
+
+def _same_storage(some: Tensor, other: Tensor) -> bool:
+    return some.data_ptr() == other.data_ptr() and some.shape == other.shape
+
+
+class Averager:
+    """Mean of state dicts in float32 or better, one at a time in memory.
+
+    A tensor that stands under several names (shared weights) is averaged once and shared in the
+    result. What is not floating (counters) is taken from the last.
+    """
+
+    def __init__(self) -> None:
+        self.n = 0
+        self._means: Dict[str, Tensor] = {}
+        self._last: Dict[str, Any] = {}
+        self._names: Dict[str, str] = {}
+
+    def add(self, state: Dict[str, Any], path: str) -> None:
+        """Add a state dict.
+
+        Raises:
+            UsageError: its tensors are not those of the first.
+        """
+        shapes = {k: getattr(v, "shape", None) for k, v in state.items()}
+        if self.n == 0:
+            first: Dict[Any, str] = {}
+            for key, value in state.items():
+                if torch.is_tensor(value) and value.is_floating_point():
+                    place = (value.data_ptr(), value.shape) if value.numel() else key
+                    self._names[key] = first.setdefault(place, key)
+            self._means = {
+                name: state[name].to(torch.promote_types(state[name].dtype, torch.float32)).clone()
+                for name in dict.fromkeys(self._names.values())
+            }
+        else:
+            known = {k: getattr(v, "shape", None) for k, v in self._last.items()}
+            different = sorted(k for k in {**shapes, **known} if shapes.get(k) != known.get(k))
+            if different:
+                raise UsageError(
+                    f"{path}: another model than the first, different in {', '.join(different[:3])}"
+                )
+            running_mean_(list(self._means.values()), [state[n] for n in self._means], self.n)
+        self._last = state
+        self.n += 1
+
+    def result(self) -> Dict[str, Any]:
+        """The averaged state dict, in the precision and order of the last that was added."""
+        means = {name: mean.to(self._last[name].dtype) for name, mean in self._means.items()}
+        return {k: means[self._names[k]] if k in self._names else v for k, v in self._last.items()}
+
+
+def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
+    """Mean of checkpoints: what is not weights is that of the last, without optimizer state.
+
+    Args:
+        paths: at least one checkpoint, the newest last.
+        raw: see --raw.
+
+    Raises:
+        UsageError: a file that cannot be read, or is of another model.
+    """
+    averagers: Dict[str, Averager] = {}
+    for path in paths:
+        state = read(path)
+        for owner, module in _weights(state, path, raw).items():
+            averagers.setdefault(owner, Averager()).add(module, path)
+    for owner, averager in averagers.items():
+        state[owner] = averager.result()
+    state.get("extra_state", {}).pop(STATE, None)
+    return state

@@ -1,0 +1,237 @@
+"""Options of weight averaging, as a fairseq dataclass that checks itself."""
+
+import math
+import re
+from dataclasses import dataclass, field
+from fractions import Fraction
+from typing import Any, NamedTuple, Optional
+
+from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+from omegaconf import II
+
+from deltasam_fairseq.algorithms import STRATEGIES
+
+
+@dataclass
+class SWAConfig(FairseqDataclass):
+    """What every swa_* schedule asks for beside the options of the schedule that it extends."""
+
+    swa_start: str = field(
+        default="0.5",
+        metadata={
+            "help": "when averaging begins: a number of updates (1000); a number of whole epochs "
+            "(2ep); or a share of training with a point, between 0 and 1 (0.5), of --max-update, "
+            "or without one of --max-epoch, rounded down to whole epochs. The weights at this "
+            "point are the first in the average. Default 0.5. Izmailov et al.: 0.75; Lu et al., "
+            "fine-tuning: 0.5 and earlier"
+        },
+    )
+    swa_every: Optional[str] = field(
+        default=None,
+        metadata={
+            "help": "how often weights enter the average: every so many updates, at least 1, or "
+            "'epoch' for the end of every epoch. Default 1 (Lu et al.: steps; Izmailov et al.: "
+            "epoch); with --swa-cycle-length the end of every cycle"
+        },
+    )
+    swa_decay: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "exponential average with this decay, between 0 and 1, such as 0.999, in "
+            "place of the uniform mean (default)"
+        },
+    )
+    swa_lr: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "constant learning rate after --swa-start, above 0; with --swa-cycle-length "
+            "the lowest of a cycle. Default: the schedule goes on as it would without averaging. "
+            "Lu et al.: a high constant rate, such as that of the peak"
+        },
+    )
+    swa_anneal: int = field(
+        default=0,
+        metadata={
+            "help": "updates in which the learning rate goes from the schedule's to --swa-lr, at "
+            "least 0, default 0 (at once)"
+        },
+    )
+    swa_anneal_strategy: ChoiceEnum(list(STRATEGIES)) = field(  # type: ignore[valid-type]
+        default="cos",
+        metadata={"help": "the way of --swa-anneal, as in torch's SWALR: cos (default) or linear"},
+    )
+    swa_cycle_length: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "in place of a constant rate, cycles of this many updates, at least 1, in "
+            "which the rate falls from --swa-cycle-lr to --swa-lr; the weights at the end of "
+            "every cycle enter the average"
+        },
+    )
+    swa_cycle_lr: Optional[float] = field(
+        default=None,
+        metadata={
+            "help": "learning rate from which every cycle falls, above 0. Default: the "
+            "schedule's at --swa-start"
+        },
+    )
+    swa_device: ChoiceEnum(["model", "cpu"]) = field(  # type: ignore[valid-type]
+        default="model",
+        metadata={
+            "help": "where the float32 average is kept: with the model (default), or on the CPU, "
+            "which costs a transfer of the weights each time that they enter it"
+        },
+    )
+    swa_validate_both: bool = field(
+        default=False,
+        metadata={
+            "help": "validate the weights themselves too, logged as valid_raw; they have no part "
+            "in the choice of the best checkpoint"
+        },
+    )
+    max_update: int = II("optimization.max_update")
+    max_epoch: int = II("optimization.max_epoch")
+
+
+class Start(NamedTuple):
+    """When averaging begins: after so many updates, or after so many whole epochs."""
+
+    updates: Optional[int] = None
+    epochs: Optional[int] = None
+
+    def __str__(self) -> str:
+        if self.updates is not None:
+            return f"update {self.updates}"
+        return f"the end of epoch {self.epochs}" if self.epochs else "the first update"
+
+
+def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
+    if not condition:
+        raise ValueError(f"--{option.replace('_', '-')} {value}: {remedy}")
+
+
+def parse_start(cfg: Any) -> Start:
+    """The start that ``--swa-start`` means in a run of this length.
+
+    Raises:
+        ValueError: for text that is none, a share of an unknown length, a start beyond the end.
+    """
+    text = str(cfg.swa_start).strip()
+    max_update, max_epoch = int(cfg.max_update or 0), int(cfg.max_epoch or 0)
+    if re.fullmatch(r"\d+", text):
+        start = Start(updates=int(text))
+    elif re.fullmatch(r"\d+ep", text):
+        start = Start(epochs=int(text[:-2]))
+    else:
+        _require(
+            re.fullmatch(r"0?\.\d+", text) is not None and float(text) > 0,
+            "swa_start",
+            text,
+            "give a number of updates such as 1000, of epochs such as 2ep, or a share of training "
+            "above 0 and below 1 such as 0.5",
+        )
+        _require(
+            max_update > 0 or max_epoch > 0,
+            "swa_start",
+            text,
+            "a share of training, whose length is not known; set --max-update or --max-epoch, or "
+            "give updates such as 1000 or epochs such as 2ep",
+        )
+        if max_update > 0:
+            start = Start(updates=math.ceil(Fraction(text) * max_update))
+        else:
+            start = Start(epochs=math.floor(Fraction(text) * max_epoch))
+    for asked, end, option in (
+        (start.updates, max_update, "--max-update"),
+        (start.epochs, max_epoch, "--max-epoch"),
+    ):
+        _require(
+            asked is None or end <= 0 or asked <= end,
+            "swa_start",
+            text,
+            f"averaging would begin after the run has ended, {option} {end}; give an earlier "
+            "start, such as 0.5",
+        )
+    return start
+
+
+def parse_every(cfg: Any) -> Optional[int]:
+    """Updates between two weights that enter the average; None for the end of every epoch.
+
+    Raises:
+        ValueError: for text that is neither.
+    """
+    if cfg.swa_every is None:
+        return cfg.swa_cycle_length or 1
+    text = str(cfg.swa_every).strip()
+    if text == "epoch":
+        return None
+    _require(
+        re.fullmatch(r"\d+", text) is not None and int(text) >= 1,
+        "swa_every",
+        text,
+        "must be a number of updates, at least 1, or 'epoch'",
+    )
+    return int(text)
+
+
+def _require_rate(cfg: Any, option: str) -> None:
+    rate = getattr(cfg, option)
+    _require(
+        rate is None or (math.isfinite(rate) and rate > 0),
+        option,
+        rate,
+        "must be finite and above 0; leave it out for that of the schedule",
+    )
+
+
+def check_swa_config(cfg: Any) -> None:
+    """Check the values of a `SWAConfig`, resolved (dataclass or DictConfig).
+
+    Raises:
+        ValueError: naming the option, its value, what is allowed and what to do.
+    """
+    parse_start(cfg)
+    parse_every(cfg)
+    _require_rate(cfg, "swa_lr")
+    _require_rate(cfg, "swa_cycle_lr")
+    decay, anneal, length = cfg.swa_decay, cfg.swa_anneal, cfg.swa_cycle_length
+    _require(
+        decay is None or 0 < decay < 1,
+        "swa_decay",
+        decay,
+        "must be above 0 and below 1, such as 0.999; leave it out for the uniform mean",
+    )
+    _require(anneal >= 0, "swa_anneal", anneal, "must be at least 0, a number of updates")
+    _require(
+        not anneal or (cfg.swa_lr is not None and length is None),
+        "swa_anneal",
+        anneal,
+        "has a meaning only on the way to a constant --swa-lr; "
+        + ("leave it or --swa-cycle-length out" if length is not None else "give --swa-lr too"),
+    )
+    _require(
+        length is None or length >= 1,
+        "swa_cycle_length",
+        length,
+        "must be at least 1, a number of updates; leave it out for a constant rate",
+    )
+    _require(
+        length is None or cfg.swa_lr is not None,
+        "swa_cycle_length",
+        length,
+        "needs --swa-lr, the rate at the end of a cycle",
+    )
+    _require(
+        length is None or cfg.swa_every is None,
+        "swa_every",
+        cfg.swa_every,
+        "with --swa-cycle-length the weights at the end of every cycle are averaged; leave "
+        "--swa-every out",
+    )
+    _require(
+        cfg.swa_cycle_lr is None or length is not None,
+        "swa_cycle_lr",
+        cfg.swa_cycle_lr,
+        "has a meaning only with --swa-cycle-length; give it too",
+    )
