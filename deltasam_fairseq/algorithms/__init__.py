@@ -6,7 +6,12 @@ from deltasam_fairseq.algorithms.adversary import (
     project,
     sentence_norm,
 )
-from deltasam_fairseq.algorithms.divergence import kl, squared_difference, symmetric_kl
+from deltasam_fairseq.algorithms.divergence import (
+    kl,
+    softened_kl,
+    squared_difference,
+    symmetric_kl,
+)
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
@@ -53,6 +58,7 @@ __all__ = [
     "round_stochastically",
     "sam_ascent_",
     "sentence_norm",
+    "softened_kl",
     "squared_difference",
     "symmetric_kl",
     "unit_roundoff",
