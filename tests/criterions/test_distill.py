@@ -221,6 +221,19 @@ class TestTeacher:
                 expected += task_loss(teacher(**net_input, **kwargs)[0], target, False)
             torch.testing.assert_close(log["distill_teacher_loss"], expected.detach())
 
+    def test_of_another_architecture(self, data, tmp_path):
+        """BERT teaches RoBERTa."""
+        tiny.write_teacher(data, "sentence_prediction", "--arch", "bert", name="bert.pt")
+        more = ["--distill-teacher", str(data / "bert.pt")]
+        _, model, criterion, sample = build_student(data, tmp_path, *more)
+        teacher = criterion.regulariser.teacher.model
+        assert type(teacher) is not type(model)
+        _, _, log = criterion(model, sample)
+        net_input = {"features_only": True, "classification_head_name": HEAD}
+        logits = loaded(data / "bert.pt")(**sample["net_input"], **net_input)[0]
+        expected = F.cross_entropy(logits, sample["target"].view(-1), reduction="sum")
+        torch.testing.assert_close(log["distill_teacher_loss"], expected.detach())
+
     def test_too_long_a_sentence_is_named(self, data, tmp_path):
         tiny.write_teacher(data, "sentence_prediction", "--max-positions", "8", name="short.pt")
         more = ["--distill-teacher", str(data / "short.pt")]
