@@ -77,6 +77,7 @@ def _check_criterion(cfg: Any) -> None:
         return
     cls.check(cfg.criterion)
     regulariser = cls.regulariser_class
+    regulariser.check_training(cfg.criterion)
     distributed = cfg.distributed_training
     torch_ddp = distributed.ddp_backend in ("pytorch_ddp", "c10d")
     several_ranks = distributed.distributed_world_size > 1

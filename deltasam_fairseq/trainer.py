@@ -47,6 +47,9 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._update_log: Optional[UpdateLog] = None
         self._ran_out_of_memory = False
         self._last_update = 0
+        criterion = self.get_criterion()
+        if isinstance(criterion, RegularisedCriterion):
+            criterion.before_training()
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()

@@ -35,8 +35,23 @@ def ranking(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data_of(classification, language_modelling, translation, ranking):
+def taught_classification(classification):
+    """The same data, with a teacher beside it."""
+    tiny.write_teacher(classification, "sentence_prediction")
+    return classification
+
+
+@pytest.fixture(scope="session")
+def taught_translation(translation):
+    """The same data, with a teacher beside it."""
+    tiny.write_teacher(translation, "label_smoothed_cross_entropy")
+    return translation
+
+
+@pytest.fixture(scope="session")
+def data_of(taught_classification, language_modelling, taught_translation, ranking):
     """Data directory of each criterion."""
+    classification, translation = taught_classification, taught_translation
     return {
         **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,
@@ -45,4 +60,5 @@ def data_of(classification, language_modelling, translation, ranking):
         "label_smoothed_cross_entropy": translation,
         "seq2seq_r3f": translation,
         "seq2seq_r_drop": translation,
+        "seq2seq_distill": translation,
     }

@@ -22,7 +22,8 @@ CRITERIONS = sorted(
     for name, cls in CRITERION_REGISTRY.items()
     if has_per_sentence_losses(cls) and name != "float64_sentence_prediction"
 )
-OWN = {"freelb", "plain", "r3f", "r_drop", "seq2seq_r3f", "seq2seq_r_drop", "smart", "vat"}
+OWN = set("freelb plain r3f r_drop smart vat distill".split())
+OWN |= {"seq2seq_r3f", "seq2seq_r_drop", "seq2seq_distill"}
 NEEDS_APEX = {"sam_lamb", "delta_sam_lamb"}
 
 

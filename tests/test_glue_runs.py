@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,6 +138,21 @@ class TestRunner:
         log = (out / "RTE" / "ema-seed1" / "train.log").read_text()
         assert "'swa_decay': 0.998" in log and '"valid_swa_n": "2"' in log
 
+    def test_a_student_learns_from_the_teacher_of_its_task(self, prepared, tmp_path):
+        """And is made again when its teacher was."""
+        folder, start = prepared
+        teacher = tmp_path / "large" / "RTE" / "model.pt"
+        teacher.parent.mkdir(parents=True)
+        shutil.copy(start / "checkpoint_last.pt", teacher)
+        more = ["--methods", "distill+delta_sam", "--teacher", tmp_path / "large/{task}/model.pt"]
+        out = tmp_path / "out"
+        assert "1 of 1 runs are done" in run(prepared, out, *more, "--", *SMALL)
+        log = (out / "RTE" / "distill+delta_sam-seed1" / "train.log").read_text()
+        assert '"train_distill_agreement"' in log and '"train_sharpness"' in log
+        assert "already there" in run(prepared, out, *more, "--", *SMALL)
+        (teacher.parent / "stage.json").write_text('{"fingerprint": "another"}')
+        assert "already there" not in run(prepared, out, *more, "--", *SMALL)
+
     def test_a_failed_run_is_named_and_stops_no_other(self, prepared, tmp_path):
         """SMART at a share of updates that are not set ends with fairseq-train's own error."""
         more = ["--methods", "smart", "adam", "--", *SMALL, "optimization.max_update=0"]
@@ -192,6 +208,8 @@ class TestRunner:
             (["--tasks", "MNLI"], ["--data", "MNLI", "--glue-dir"]),
             (["--sharpness", "--keep", "none"], ["--sharpness", "--keep best"]),
             (["--jobs", "0"], ["--jobs", "0"]),
+            (["--methods", "distill"], ["--methods distill", "--teacher"]),
+            (["--methods", "distill+sam", "--teacher", "no/{task}.pt"], ["no/RTE.pt is missing"]),
             (["--only", "9"], ["--only 9", "0 to 1"]),
         ],
     )

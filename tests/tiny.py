@@ -26,7 +26,13 @@ MODEL = (
 ).split()
 
 
-SENTENCE_CRITERIONS = ("sentence_prediction", "plain", "r3f", "r_drop", "freelb", "smart", "vat")
+SENTENCE_CRITERIONS = (
+    *("sentence_prediction", "plain", "r3f", "r_drop", "freelb", "smart", "vat", "distill"),
+)
+
+# What a criterion cannot do without; the file is made by `write_teacher`.
+TEACHER = "teacher.pt"
+TAUGHT = ("distill", "seq2seq_distill")
 
 
 def _write(prefix: Path, rows: Sequence[Sequence[int]]) -> None:
@@ -132,6 +138,8 @@ def arguments(
         for side in ("encoder", "decoder"):
             task += f"--{side}-embed-dim 16 --{side}-ffn-embed-dim 32".split()
             task += f"--{side}-attention-heads 2".split()
+    if criterion in TAUGHT:
+        more = ("--distill-teacher", str(data / TEACHER), *more)
     return [
         str(data),
         *task,
@@ -192,6 +200,24 @@ def build_trainer(
         trainer.clip_grad_norm = lambda _: torch.ones(())
     task.load_dataset("train")
     return trainer
+
+
+def write_teacher(data: Path, criterion: str, *more: str, name: str = TEACHER) -> Path:
+    """A checkpoint in the data's folder, of another depth and width than the tiny student.
+
+    Its weights are far from their start, so that it is sure of what it says.
+    """
+    other = "--encoder-layers 3 --encoder-embed-dim 24 --encoder-ffn-embed-dim 40".split()
+    if not criterion.startswith("sentence"):
+        other += "--decoder-layers 2 --decoder-embed-dim 24".split()
+    trainer = build_trainer(arguments(data, data, *other, *more, criterion=criterion))
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for p in trainer.get_model().parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=generator))
+    trainer.consolidate_optimizer()  # as fairseq does it before it saves
+    trainer.save_checkpoint(str(data / name), {"train_iterator": {}})
+    return data / name
 
 
 def batches(trainer: Any, size: Optional[int] = None) -> List[Dict[str, Any]]:

@@ -13,7 +13,12 @@ from deltasam_fairseq.algorithms.averaging import (
     exponential_mean_,
     running_mean_,
 )
-from deltasam_fairseq.algorithms.divergence import kl, squared_difference, symmetric_kl
+from deltasam_fairseq.algorithms.divergence import (
+    kl,
+    softened_kl,
+    squared_difference,
+    symmetric_kl,
+)
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
@@ -67,6 +72,7 @@ __all__ = [
     "running_mean_",
     "sam_ascent_",
     "sentence_norm",
+    "softened_kl",
     "squared_difference",
     "symmetric_kl",
     "unit_roundoff",

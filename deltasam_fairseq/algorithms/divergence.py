@@ -1,9 +1,10 @@
-"""How far two outputs of a model are apart: the divergences of R3F, R-Drop, SMART and VAT.
+"""How far two outputs are apart: the divergences of R3F, R-Drop, SMART, VAT and distillation.
 
 All take log-probabilities, of float32 or better, which the losses need anyway.
 """
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -36,6 +37,26 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
         shape (...), in nats.
     """
     return ((log_p.exp() - log_q.exp()) * (log_p - log_q)).sum(dim=-1)
+
+
+def softened_kl(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
+    """KL of two distributions that are softened by a temperature, ``T^2 KL(p_T || q_T)``.
+
+    ``p_T = softmax(z / T)`` for logits z, and so for ``z = log p``, which differ by a constant.
+    Its gradient with respect to the logits of q is ``T (q_T - p_T)``: the factor T^2 keeps it as
+    large as that of a cross-entropy while T changes (Hinton et al. 2015, section 2.1). At T = 1
+    this is `kl`; for large T it tends to half the squared difference of the centred logits,
+    divided by C.
+
+    Args:
+        log_p, log_q: log-probabilities, shape (..., C).
+        temperature: T, above 0.
+
+    Returns:
+        shape (...), in nats, at least 0 but for rounding.
+    """
+    p, q = (F.log_softmax(log_probs / temperature, dim=-1) for log_probs in (log_p, log_q))
+    return temperature**2 * kl(p, q)
 
 
 def squared_difference(p: Tensor, q: Tensor) -> Tensor:

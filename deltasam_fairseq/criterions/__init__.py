@@ -1,9 +1,10 @@
 """Per-sentence losses of fairseq's criterions, and criterions with a regulariser.
 
-Importing the package registers the criterions plain, r3f, r_drop, freelb, smart and vat, and
-seq2seq_r3f and seq2seq_r_drop.
+Importing the package registers the criterions plain, r3f, r_drop, freelb, smart, vat and distill,
+and seq2seq_r3f, seq2seq_r_drop and seq2seq_distill.
 """
 
+from deltasam_fairseq.criterions.distill import DistillCriterion, Seq2SeqDistillCriterion
 from deltasam_fairseq.criterions.freelb import FreeLBCriterion
 from deltasam_fairseq.criterions.per_sentence import (
     PerSentence,
@@ -19,6 +20,7 @@ from deltasam_fairseq.criterions.smart import SMARTCriterion
 from deltasam_fairseq.criterions.vat import VATCriterion
 
 __all__ = [
+    "DistillCriterion",
     "FreeLBCriterion",
     "PerSentence",
     "PlainCriterion",
@@ -26,6 +28,7 @@ __all__ = [
     "RDropCriterion",
     "RegularisedCriterion",
     "SMARTCriterion",
+    "Seq2SeqDistillCriterion",
     "Seq2SeqR3FCriterion",
     "Seq2SeqRDropCriterion",
     "VATCriterion",

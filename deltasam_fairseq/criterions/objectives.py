@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import kl, squared_difference, symmetric_kl
+from deltasam_fairseq.algorithms import kl, softened_kl, squared_difference, symmetric_kl
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
@@ -48,6 +48,14 @@ class Classification:
         """``KL(some || others)`` of every sentence, shape (B,)."""
         return kl(some, others)
 
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)`` of every sentence, shape (B,)."""
+        return softened_kl(teacher, scores, temperature)
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """Whether two class numbers are equal, 0 or 1, shape (B,)."""
+        return predicted.eq(expected).float()
+
 
 class Regression:
     """Squared error, summed over a sentence's targets; mostly it has one.
@@ -73,6 +81,10 @@ class Regression:
 
     mean_divergence = divergence
     directed_divergence = divergence
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """Squared difference, shape (B,); a temperature has no meaning here."""
+        return self.divergence(teacher, scores)
 
 
 class LabelSmoothedTokens:
@@ -123,6 +135,15 @@ class LabelSmoothedTokens:
     def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """``KL(some || others)``, summed over tokens, shape (B,)."""
         return kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)``, summed over tokens, shape (B,)."""
+        divergences = softened_kl(teacher, scores, temperature)
+        return divergences.masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """Number of a sentence's tokens that are equal, shape (B,), of two (B, T)."""
+        return predicted.eq(expected).masked_fill(self.padding, False).sum(dim=1).float()
 
 
 Objective = Union[Classification, Regression, LabelSmoothedTokens]

@@ -107,6 +107,24 @@ class Regulariser:
         """
         raise NotImplementedError
 
+    @classmethod
+    def check_training(cls, cfg: Any) -> None:
+        """Check what training needs beside options in their range, such as files.
+
+        Args:
+            cfg: the criterion's configuration.
+
+        Raises:
+            ValueError, FileNotFoundError: naming the option, its value and what to do.
+        """
+
+    def before_training(self, task: Any) -> None:
+        """Called once, before the first update.
+
+        Args:
+            task: fairseq's, set up.
+        """
+
     def before_update(self, model: nn.Module, weights: Weights, update: int) -> None:
         """Called before every update.
 
@@ -194,6 +212,10 @@ class RegularisedCriterion:
         return result.losses, sample_size, logging_output
 
     # What the trainer says
+
+    def before_training(self) -> None:
+        """The trainer is built; evaluation alone never says this."""
+        self.regulariser.before_training(self.task)  # type: ignore[attr-defined]
 
     def before_update(
         self, model: nn.Module, weights: Weights, update: int, loss_scale: float

@@ -43,7 +43,7 @@ HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.
     "sam": ("sam_rho",),
     "delta_sam": ("sam_rho", "delta_sam_beta"),
 }
-REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat")
+REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat", "distill")
 AVERAGES = ("swa", "ema")
 OWN_RECIPES = {"minilm": "bert_base"}  # of backbones that have none of their own
 PRECISIONS: Dict[str, List[str]] = {
@@ -102,6 +102,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
     )
+    add("--teacher", help="checkpoint that distill learns from; {task} stands for the task")
     add(
         "--chosen", nargs="+", type=Path, help="chosen.json of search.py: rho and beta of each task"
     )
@@ -147,6 +148,25 @@ def method_overrides(
     return overrides + [f"+averaging={name}" for name in averages]
 
 
+def teacher_of(args: argparse.Namespace, method: str, task: str) -> Optional[Path]:
+    """Return the checkpoint that a run learns from; None for a method without a teacher.
+
+    Raises:
+        ValueError: for one that needs a teacher and has none.
+    """
+    if "distill" not in method.split("+"):
+        return None
+    if args.teacher is None:
+        raise ValueError(
+            f"--methods {method}: give a fine-tuned model with --teacher, for example of a larger "
+            "backbone: --teacher results/large/{task}/adam-seed1/checkpoint_best.pt"
+        )
+    path = Path(args.teacher.replace("{task}", task)).absolute()
+    if not path.is_file():
+        raise ValueError(f"--teacher {args.teacher}: {path} is missing; fine-tune it first")
+    return path
+
+
 def check_common(args: argparse.Namespace) -> Optional[str]:
     """Return what is wrong with the common options and how to mend it, or None; sets defaults."""
     args.recipe = args.recipe or OWN_RECIPES.get(args.backbone, args.backbone)
@@ -182,6 +202,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
         args.chosen = read_chosen(args.chosen, args.tasks) if args.chosen else {}
         for method, task in itertools.product(args.methods, args.tasks):
             method_overrides(method, task)
+            teacher_of(args, method, task)
     except ValueError as e:
         return str(e)
     return None
@@ -267,6 +288,16 @@ def training(
     return Stage(f"{task} {name} seed {seed}", command, out, [args.data / task], spare=spare)
 
 
+def taught(stage: Stage, teacher: Optional[Path]) -> Stage:
+    """Return the stage of a run with its teacher, if it has one; made again when that was."""
+    if teacher is None:
+        return stage
+    return stage._replace(
+        command=[*stage.command, f"criterion.distill_teacher={teacher}"],
+        inputs=[*stage.inputs, teacher.parent],
+    )
+
+
 def absolute(args: argparse.Namespace) -> None:
     """Make the paths independent of the folder that a command runs in."""
     for name in ("out", "checkpoint", "dict", "glue_dir", "data"):
@@ -298,13 +329,16 @@ def main() -> int:
     encoding = preparation(args)
     # The runs of a seed together, so that early reports compare methods.
     runs = [
-        training(
-            args,
-            task,
-            method,
-            method_overrides(method, task, args.chosen.get(task)) + overrides,
-            seed,
-            gpus,
+        taught(
+            training(
+                args,
+                task,
+                method,
+                method_overrides(method, task, args.chosen.get(task)) + overrides,
+                seed,
+                gpus,
+            ),
+            teacher_of(args, method, task),
         )
         for seed, task, method in itertools.product(args.seeds, args.tasks, args.methods)
     ]

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from deltasam_fairseq.algorithms import kl, squared_difference, symmetric_kl
+from deltasam_fairseq.algorithms import kl, softened_kl, squared_difference, symmetric_kl
 
 # p = (1/2, 1/2), q = (1/4, 3/4)
 P, Q = torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()
@@ -18,6 +18,24 @@ def test_kl():
     assert kl(P, Q).item() == pytest.approx(forth)
     assert kl(Q, P).item() == pytest.approx(back)
     assert symmetric_kl(P, Q).item() == pytest.approx(forth + back)
+
+
+def test_softened_kl():
+    """q at T = 2 is (1, sqrt 3) / (1 + sqrt 3), p stays (1/2, 1/2); times T^2 = 4."""
+    root = math.sqrt(3)
+    soft = [1 / (1 + root), root / (1 + root)]
+    expected = 4 * sum(0.5 * math.log(0.5 / q) for q in soft)
+    assert softened_kl(P, Q, 2.0).item() == pytest.approx(expected)
+    assert softened_kl(P, Q, 1.0).item() == pytest.approx(kl(P, Q).item())
+    assert softened_kl(Q, Q, 3.0).item() == 0
+
+
+def test_gradient_of_softened_kl():
+    """``T (q_T - p_T)`` with respect to the logits of q, here T = 2."""
+    logits = Q.clone().requires_grad_()
+    softened_kl(P, logits.log_softmax(-1), 2.0).sum().backward()
+    expected = 2 * ((Q / 2).softmax(-1) - 0.5)
+    torch.testing.assert_close(logits.grad, expected)
 
 
 def test_symmetric_kl_is_never_negative_and_zero_of_equals():

@@ -46,6 +46,24 @@ ERRORS = {
         "--ddp-backend fully_sharded",
         ["--ddp-backend fully_sharded", "--criterion freelb", "legacy_ddp"],
     ),
+    "no teacher": (
+        "plain",
+        "--criterion distill",
+        ["--distill-lambda 0.5", "--distill-teacher", "--distill-lambda 0"],
+    ),
+    "teacher that is not there": (
+        "distill",
+        "--distill-teacher /no/such.pt",
+        ["--distill-teacher /no/such.pt", "does not exist", "full one"],
+    ),
+    "no temperature": ("distill", "--distill-temperature 0", ["temperature 0", "above 0"]),
+    "more than all": ("distill", "--distill-lambda 1.5", ["--distill-lambda 1.5", "at most 1"]),
+    "negative share": ("distill", "--distill-lambda -1", ["--distill-lambda -1", "at least 0"]),
+    "teacher of tokens that is not there": (
+        "seq2seq_distill",
+        "--distill-teacher /no/such.pt",
+        ["--distill-teacher /no/such.pt", "does not exist"],
+    ),
     "seq2seq": ("seq2seq_r3f", "--eps -1", ["--eps -1", "at least 0"]),
 }
 
@@ -109,6 +127,8 @@ def test_smart_without_its_average_drops_an_old_one(classification, tmp_path):
         ("freelb", ["--adv-lr", "--adv-steps", "--adv-init-mag", "--adv-max-norm", "--adv-norm"]),
         ("smart", ["--smart-lambda", "--smart-mu", "--smart-momentum", "--smart-switch"]),
         ("vat", ["--vat-eps", "--vat-xi", "--vat-alpha", "--vat-steps"]),
+        ("distill", [f"--distill-{name}" for name in "teacher teacher-head lambda".split()]),
+        ("seq2seq_distill", ["--distill-temperature", "--label-smoothing"]),
         ("seq2seq_r3f", ["--r3f-lambda", "--label-smoothing"]),
         ("seq2seq_r_drop", ["--r-drop-alpha", "--label-smoothing"]),
     ],
@@ -117,7 +137,7 @@ def test_help(capsys, criterion, shown):
     text = help_of(capsys, "--criterion", criterion)
     found = {word.rstrip(",") for word in text.split() if word.startswith("--")}
     assert set(shown) <= found
-    assert "Paper" in text or "GLUE" in text
+    assert "Paper" in text or "GLUE" in text or criterion.endswith("distill")
 
 
 RESUMED = {
@@ -127,6 +147,7 @@ RESUMED = {
     "freelb": [],
     "smart": ["--smart-momentum", "0.5", "--smart-late-momentum", "0.9"],
     "vat": [],
+    "distill": [],
     "smart, bfloat16": ["--bf16", "--smart-momentum", "0.5"],
     "freelb, float16": ["--memory-efficient-fp16"],
 }
@@ -134,7 +155,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_stopped_and_resumed(classification, tmp_path, name, optimizer):
+def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
     """R4F: fairseq alone cannot load a spectrally normalised head. SMART: the averaged weights
     are those of the run that never stopped, in bfloat16 kept in float32."""
     criterion = name.split(",")[0]
@@ -147,7 +168,7 @@ def test_stopped_and_resumed(classification, tmp_path, name, optimizer):
         more = [*options, "--max-update", updates]
         if criterion == "smart":
             more += ["--smart-switch", "4"]
-        return runs.train(classification, tmp_path / folder, *more, criterion=criterion)
+        return runs.train(taught_classification, tmp_path / folder, *more, criterion=criterion)
 
     whole = train("whole", "7")
     train("parts", "3")
@@ -158,6 +179,26 @@ def test_stopped_and_resumed(classification, tmp_path, name, optimizer):
         averages = [r.checkpoint["extra_state"]["deltasam_criterion"] for r in (parts, whole)]
         runs.assert_same(*averages)
         assert {a.dtype for a in averages[0]["averages"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
+def test_distilling_nothing_is_the_plain_criterion(taught_classification, tmp_path, optimizer):
+    """A whole run, bit for bit, and without reading the teacher; with a share it goes elsewhere."""
+    ends = [
+        runs.train(
+            *(taught_classification, tmp_path / f"{name}{i}", "--optimizer", optimizer, *more),
+            criterion=name,
+        )
+        for i, (name, more) in enumerate(
+            [
+                ("plain", []),
+                ("distill", ["--distill-lambda", "0"]),
+                ("distill", ["--distill-lambda", "0.1"]),
+            ]
+        )
+    ]
+    runs.assert_same_end(ends[0], ends[1])
+    assert not runs.same_weights(ends[0], ends[2])
 
 
 def test_smart_average_is_left_out_with_the_optimizer_state(classification, tmp_path):
@@ -192,8 +233,8 @@ HALF = [
 
 
 @pytest.mark.parametrize("mode", HALF, ids=lambda mode: mode[0])
-@pytest.mark.parametrize("criterion", ["r3f", "r_drop", "freelb", "smart", "vat"])
-def test_half_precision_is_near_float32(classification, tmp_path, criterion, mode):
+@pytest.mark.parametrize("criterion", ["r3f", "r_drop", "freelb", "smart", "vat", "distill"])
+def test_half_precision_is_near_float32(taught_classification, tmp_path, criterion, mode):
     """The loss of the first update, and the adversary's part in it, with perturbations that half
     precision resolves."""
     large = {
@@ -203,7 +244,7 @@ def test_half_precision_is_near_float32(classification, tmp_path, criterion, mod
     }
     logs = []
     for options in (mode, []):
-        argv = tiny.arguments(classification, tmp_path, *options, criterion=criterion)
+        argv = tiny.arguments(taught_classification, tmp_path, *options, criterion=criterion)
         argv += ["--dropout", "0", "--attention-dropout", "0", "--optimizer", "delta_sam_adam"]
         trainer = tiny.build_trainer([*argv, *large.get(criterion, [])])
         log = trainer.train_step(tiny.batches(trainer)[:1])

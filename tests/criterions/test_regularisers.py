@@ -244,15 +244,19 @@ class TestEquations:
         ("smart", "--smart-lambda 0 --smart-mu 1"),  # the average is the model itself at first
         ("vat", "--vat-alpha 0"),
         ("vat", "--vat-eps 0"),
+        ("distill", "--distill-lambda 0"),
     ],
 )
-def test_reduces_to_the_plain_criterion(classification, tmp_path, name, off, regression):
+def test_reduces_to_the_plain_criterion(taught_classification, tmp_path, name, off, regression):
     """In value and gradient; with dropout where one forward is all that is computed."""
     results = []
-    one_forward = off in ("--r3f-lambda 0", "--r-drop-alpha 0", "--adv-steps 0", "--vat-alpha 0")
+    one_forward = off in (
+        *("--r3f-lambda 0", "--r-drop-alpha 0", "--adv-steps 0", "--vat-alpha 0"),
+        "--distill-lambda 0",
+    )
     for criterion_name, more in ((name, off.split()), ("sentence_prediction", [])):
         _, model, criterion, sample = build(
-            classification,
+            taught_classification,
             tmp_path,
             criterion_name,
             *more,

@@ -25,6 +25,7 @@ CRITERIONS = {
     "freelb": "--adv-lr 0.1",
     "smart": "--smart-eps 0.05 --smart-sigma 0.05 --smart-step-size 0.1 --smart-momentum 0.5",
     "vat": "--vat-xi 0.5",  # a smaller step magnifies the order of summation
+    "distill": "--distill-lambda 0.7",
 }
 
 
@@ -42,6 +43,7 @@ def cases():
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("regularisers")
     data = tiny.write_classification(folder / "data", longest=50)
+    tiny.write_teacher(data, "sentence_prediction")
     runs = {}
     for case in cases():
         criterion, optimizer, layout, backend = case
