@@ -6,7 +6,7 @@ Importing the package registers the optimizers with fairseq and puts the trainer
 the configuration and the safe loading of checkpoints in place. Nothing else is a side effect.
 """
 
-from deltasam_fairseq import bpe, checkpoints, models  # noqa: F401  registers with fairseq
+from deltasam_fairseq import bpe, checkpoints, models, tasks  # noqa: F401  registers with fairseq
 from deltasam_fairseq.install import install
 from deltasam_fairseq.optim import register_sharpness_aware_optimizers
 from deltasam_fairseq.trainer import SharpnessAwareTrainer

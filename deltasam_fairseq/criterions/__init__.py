@@ -1,7 +1,7 @@
 """Per-sentence losses of fairseq's criterions, and criterions with a regulariser.
 
-Importing the package registers the criterions plain, r3f, r_drop, freelb, smart and vat, and
-seq2seq_r3f and seq2seq_r_drop.
+Importing the package registers the criterions plain, r3f, r_drop, freelb, smart and vat,
+seq2seq_r3f and seq2seq_r_drop, and span_prediction.
 """
 
 from deltasam_fairseq.criterions.freelb import FreeLBCriterion
@@ -15,6 +15,7 @@ from deltasam_fairseq.criterions.r3f import R3FCriterion, Seq2SeqR3FCriterion
 from deltasam_fairseq.criterions.r_drop import RDropCriterion, Seq2SeqRDropCriterion
 from deltasam_fairseq.criterions.regularised import RegularisedCriterion
 from deltasam_fairseq.criterions.smart import SMARTCriterion
+from deltasam_fairseq.criterions.span_prediction import SpanPredictionCriterion
 from deltasam_fairseq.criterions.vat import VATCriterion
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "SMARTCriterion",
     "Seq2SeqR3FCriterion",
     "Seq2SeqRDropCriterion",
+    "SpanPredictionCriterion",
     "VATCriterion",
     "has_per_sentence_losses",
     "per_sentence_losses",
