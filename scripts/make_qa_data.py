@@ -1,8 +1,8 @@
 """Make a small data set of questions and answers in SQuAD's format, out of nothing.
 
-A context tells where some people live, what they do and what they like; a question asks one of
-these things about one of them.  The answer cannot be told from the question alone, nor by its
-kind: as many other answers of that kind are in the context.
+A context tells nine things about a person: where she lives, where she was born, what she likes, ...
+A question asks for one of them.  Its answer cannot be told by its kind: three places, three jobs
+and three things are in every context, and with --people 2 twice as many.
 
     python scripts/make_qa_data.py --out qa --train 4000 --dev 500
     python scripts/make_qa_data.py --out qa2 --unanswerable 0.3    # as SQuAD 2.0
@@ -17,7 +17,7 @@ import argparse
 import json
 import random
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, NamedTuple, Sequence
 
 PEOPLE = (
     "Anna Boris Clara David Elena Felix Greta Hugo Irene Jonas Karin Lukas Maria Nils Olga Peter "
@@ -30,28 +30,34 @@ class Fact(NamedTuple):
 
     told: str
     asked: str
-    values: List[str]
+    values: Sequence[str]
 
+
+PLACES = (
+    "Paris,New York,Lima,Cape Town,Oslo,Hong Kong,Rome,Buenos Aires,Cairo,Vienna,Tokyo,Quito,"
+    "San Juan,Delhi,Bonn,Kyoto,Tunis,Riga"
+).split(",")
+JOBS = (
+    "a baker,a pilot,a nurse,a school teacher,a painter,a taxi driver,a judge,a tailor,a farmer,"
+    "a dentist,a poet,a mountain guide,a cook,a plumber,a singer,a sailor,a lawyer,a clown"
+).split(",")
+THINGS = (
+    "green tea,apples,old books,chess,long walks,fresh bread,jazz,small dogs,rain,white snow,"
+    "cheese,football,the sea,loud music,onions,trains,black coffee,flowers"
+).split(",")
 
 FACTS = (
-    Fact(
-        "{who} lives in {what}.",
-        "Where does {who} live?",
-        "Paris,New York,Lima,Cape Town,Oslo,Hong Kong,Rome,Buenos Aires,Cairo,Vienna".split(","),
-    ),
-    Fact(
-        "{who} works as {what}.",
-        "What does {who} do for a living?",
-        "a baker,a pilot,a nurse,a school teacher,a painter,a taxi driver,a judge,a tailor".split(
-            ","
-        ),
-    ),
-    Fact(
-        "{who} likes {what}.",
-        "What does {who} like?",
-        "green tea,apples,old books,chess,long walks,fresh bread,jazz,small dogs".split(","),
-    ),
+    Fact("{who} lives in {what}.", "Where does {who} live?", PLACES),
+    Fact("{who} was born in {what}.", "Where was {who} born?", PLACES),
+    Fact("{who} once travelled to {what}.", "Where did {who} travel?", PLACES),
+    Fact("{who} works as {what}.", "What does {who} work as?", JOBS),
+    Fact("{who} wanted to become {what}.", "What did {who} want to become?", JOBS),
+    Fact("{who} married {what}.", "Who did {who} marry?", JOBS),
+    Fact("{who} likes {what}.", "What does {who} like?", THINGS),
+    Fact("{who} never liked {what}.", "What did {who} never like?", THINGS),
+    Fact("{who} talks about {what}.", "What does {who} talk about?", THINGS),
 )
+LARGEST = 6  # people in a context, by the number of values: each is given once
 
 
 def paragraph(number: int, people: int, unanswerable: float, rng: random.Random) -> Dict[str, Any]:
@@ -63,14 +69,15 @@ def paragraph(number: int, people: int, unanswerable: float, rng: random.Random)
         unanswerable: probability that the question is about someone else.
     """
     *names, stranger = rng.sample(PEOPLE, people + 1)
-    values = {i: rng.sample(fact.values, people) for i, fact in enumerate(FACTS)}
     told = [(i, name) for i in range(len(FACTS)) for name in names]
+    shuffled = {id(pool): rng.sample(pool, len(pool)) for pool in (PLACES, JOBS, THINGS)}
+    values = {(i, name): shuffled[id(FACTS[i].values)].pop() for i, name in told}
     rng.shuffle(told)
     asked, about = rng.choice(told)
     impossible = rng.random() < unanswerable
     context, answer = "", {}
     for i, name in told:
-        what = values[i][names.index(name)]
+        what = values[i, name]
         sentence = FACTS[i].told.format(who=name, what=what)
         if (i, name) == (asked, about):
             answer = {"text": what, "answer_start": len(context) + sentence.index(what)}
@@ -100,12 +107,12 @@ def main() -> None:
     add("--out", type=Path, required=True, help="folder to write")
     add("--train", type=int, default=4000, help="questions to train on (default: 4000)")
     add("--dev", type=int, default=500, help="questions to validate on (default: 500)")
-    add("--people", type=int, default=3, help="in a context, 1 to 8 (default: 3)")
+    add("--people", type=int, default=1, help=f"in a context, 1 to {LARGEST} (default: 1)")
     add("--unanswerable", type=float, default=0.0, help="share without an answer (default: 0)")
     add("--seed", type=int, default=1, help="of the choices (default: 1)")
     args = parser.parse_args()
-    if not 1 <= args.people <= 8:
-        parser.error(f"--people {args.people}: must be 1 to 8")
+    if not 1 <= args.people <= LARGEST:
+        parser.error(f"--people {args.people}: must be 1 to {LARGEST}")
     if not 0 <= args.unanswerable <= 1:
         parser.error(f"--unanswerable {args.unanswerable}: must be 0 to 1")
     args.out.mkdir(parents=True, exist_ok=True)

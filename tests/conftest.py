@@ -35,11 +35,17 @@ def ranking(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def data_of(classification, language_modelling, translation, ranking):
+def span_prediction(tmp_path_factory):
+    return tiny.write_span_prediction(tmp_path_factory.mktemp("span_prediction"))
+
+
+@pytest.fixture(scope="session")
+def data_of(classification, language_modelling, translation, ranking, span_prediction):
     """Data directory of each criterion."""
     return {
         **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,
+        "span_prediction": span_prediction,
         "masked_lm": language_modelling,
         "cross_entropy": translation,
         "label_smoothed_cross_entropy": translation,

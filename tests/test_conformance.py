@@ -23,6 +23,7 @@ CRITERIONS = sorted(
     if has_per_sentence_losses(cls) and name != "float64_sentence_prediction"
 )
 OWN = {"freelb", "plain", "r3f", "r_drop", "seq2seq_r3f", "seq2seq_r_drop", "smart", "vat"}
+OWN |= {"span_prediction"}
 NEEDS_APEX = {"sam_lamb", "delta_sam_lamb"}
 
 

@@ -1,4 +1,5 @@
-"""algorithms <- {optim, criterions} <- trainer <- __init__: read from the imports themselves."""
+"""algorithms <- {optim, criterions} <- trainer <- __init__, models <- tasks <- __init__: read from
+the imports themselves."""
 
 import ast
 from pathlib import Path
@@ -15,6 +16,8 @@ ALLOWED = {
     "algorithms": {"algorithms"},
     "optim": {"algorithms", "optim"},
     "criterions": {"algorithms", "criterions"},
+    "models": {"models"},
+    "tasks": {"models", "tasks"},
 }
 
 
