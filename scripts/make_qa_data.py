@@ -1,8 +1,8 @@
 """Make a small data set of questions and answers in SQuAD's format, out of nothing.
 
-A context tells nine things about a person: where she lives, where she was born, what she likes, ...
-A question asks for one of them.  Its answer cannot be told by its kind: three places, three jobs
-and three things are in every context, and with --people 2 twice as many.
+A context tells seven things about a person: where she lives, where she was born, what she does,
+what she likes to eat, ...  A question asks for one of them.  All answers but those of the two
+places can be told by their kind; with --people 2 none can.
 
     python scripts/make_qa_data.py --out qa --train 4000 --dev 500
     python scripts/make_qa_data.py --out qa2 --unanswerable 0.3    # as SQuAD 2.0
@@ -34,28 +34,22 @@ class Fact(NamedTuple):
 
 
 PLACES = (
-    "Paris,New York,Lima,Cape Town,Oslo,Hong Kong,Rome,Buenos Aires,Cairo,Vienna,Tokyo,Quito,"
-    "San Juan,Delhi,Bonn,Kyoto,Tunis,Riga"
+    "Paris,New York,Lima,Cape Town,Oslo,Hong Kong,Rome,Buenos Aires,Cairo,Vienna,Tokyo,Quito"
 ).split(",")
-JOBS = (
-    "a baker,a pilot,a nurse,a school teacher,a painter,a taxi driver,a judge,a tailor,a farmer,"
-    "a dentist,a poet,a mountain guide,a cook,a plumber,a singer,a sailor,a lawyer,a clown"
-).split(",")
-THINGS = (
-    "green tea,apples,old books,chess,long walks,fresh bread,jazz,small dogs,rain,white snow,"
-    "cheese,football,the sea,loud music,onions,trains,black coffee,flowers"
-).split(",")
+JOBS = "a baker,a pilot,a nurse,a school teacher,a painter,a taxi driver,a judge,a poet".split(",")
+FOOD = "fresh bread,apples,hot soup,cheese,black olives,fish,sweet potatoes,rice".split(",")
+ANIMALS = "two cats,a small dog,a parrot,five hens,a grey donkey,a snake,goats,an owl".split(",")
+HOBBIES = "chess,long walks,football,old films,jazz,card games,opera,reading".split(",")
+COLOURS = "red,dark blue,green,yellow,light brown,orange,violet,black".split(",")
 
 FACTS = (
     Fact("{who} lives in {what}.", "Where does {who} live?", PLACES),
     Fact("{who} was born in {what}.", "Where was {who} born?", PLACES),
-    Fact("{who} once travelled to {what}.", "Where did {who} travel?", PLACES),
-    Fact("{who} works as {what}.", "What does {who} work as?", JOBS),
-    Fact("{who} wanted to become {what}.", "What did {who} want to become?", JOBS),
-    Fact("{who} married {what}.", "Who did {who} marry?", JOBS),
-    Fact("{who} likes {what}.", "What does {who} like?", THINGS),
-    Fact("{who} never liked {what}.", "What did {who} never like?", THINGS),
-    Fact("{who} talks about {what}.", "What does {who} talk about?", THINGS),
+    Fact("{who} works as {what}.", "What does {who} do for a living?", JOBS),
+    Fact("{who} likes to eat {what}.", "What does {who} eat?", FOOD),
+    Fact("{who} keeps {what}.", "Which animals does {who} keep?", ANIMALS),
+    Fact("{who} enjoys {what}.", "What does {who} enjoy?", HOBBIES),
+    Fact("{who} has a house painted {what}.", "Which colour has the house of {who}?", COLOURS),
 )
 LARGEST = 6  # people in a context, by the number of values: each is given once
 
@@ -70,7 +64,7 @@ def paragraph(number: int, people: int, unanswerable: float, rng: random.Random)
     """
     *names, stranger = rng.sample(PEOPLE, people + 1)
     told = [(i, name) for i in range(len(FACTS)) for name in names]
-    shuffled = {id(pool): rng.sample(pool, len(pool)) for pool in (PLACES, JOBS, THINGS)}
+    shuffled = {id(fact.values): rng.sample(fact.values, len(fact.values)) for fact in FACTS}
     values = {(i, name): shuffled[id(FACTS[i].values)].pop() for i, name in told}
     rng.shuffle(told)
     asked, about = rng.choice(told)
