@@ -113,7 +113,9 @@ def write_ranking(path: Path, train: int = 32, valid: int = 16) -> Path:
     return path
 
 
-def write_span_prediction(path: Path, train: int = 24, valid: int = 14) -> Path:
+def write_span_prediction(
+    path: Path, train: int = 24, valid: int = 14, seen_in_validation: bool = False
+) -> Path:
     """span_prediction data of SQuAD 2.0's kind, in windows of at most 16 tokens.
 
     A question is a word, its answer the next one or two words of the context; every fifth word is
@@ -126,7 +128,7 @@ def write_span_prediction(path: Path, train: int = 24, valid: int = 14) -> Path:
     words, layout = dictionary(), Layout(length=16, stride=4, query=4, separators=2)
     path.mkdir(parents=True, exist_ok=True)
     record: Dict[str, Any] = {"task": "span_prediction", "max_seq_length": 16, "splits": {}}
-    for split, n, seed in (("train", train, 1), ("valid", valid, 2)):
+    for split, n, seed in (("train", train, 1), ("valid", valid, 1 if seen_in_validation else 2)):
         rng = np.random.RandomState(seed)
         tokens, rows, offsets, contexts, questions = [], [], [], [], []
         for i in range(n):

@@ -43,15 +43,11 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
 
     regulariser_class = NoRegulariser
     config_class = SpanConfig
+    task_name = "span_prediction"
 
     def __init__(self, cfg: SpanConfig, task: Any) -> None:
         super().__init__(task)
         self._set_up(cfg)
-        if not hasattr(task, "questions"):
-            raise ValueError(
-                f"{type(task).__name__}: this criterion needs questions with contexts; "
-                "use --task span_prediction"
-            )
         self.max_answer_length: int = cfg.max_answer_length
         self.null_threshold: float = cfg.null_threshold
 
