@@ -135,6 +135,36 @@ def test_fairseq_validate_finds_what_training_found(span_prediction, tmp_path):
         assert float(found[name]) == pytest.approx(float(last[name]), abs=bound)
 
 
+YAML = """
+common: {{user_dir: {user_dir}, seed: 3}}
+checkpoint: {{save_dir: {save_dir}, no_epoch_checkpoints: true}}
+task: {{_name: span_prediction, data: {data}, max_positions: 64}}
+criterion: {{_name: span_prediction, max_answer_length: 5}}
+dataset: {{batch_size: 8, num_workers: 0, data_buffer_size: 0}}
+optimizer: {{_name: delta_sam_adam}}
+lr_scheduler: {{_name: fixed}}
+optimization: {{max_update: 2, lr: [0.001]}}
+model:
+  _name: roberta
+  encoder_layers: 2
+  encoder_embed_dim: 16
+  encoder_ffn_embed_dim: 32
+  encoder_attention_heads: 2
+  max_positions: 64
+"""
+
+
+def test_through_hydra(span_prediction, tmp_path):
+    values = {"user_dir": tiny.USER_DIR, "save_dir": tmp_path / "run", "data": span_prediction}
+    (tmp_path / "qa.yaml").write_text(YAML.format(**values))
+    words = ["--config-dir", str(tmp_path), "--config-name", "qa"]
+    program = [sys.executable, "-m", "fairseq_cli.hydra_train"]
+    output = tiny.train(words, program=program, cwd=tmp_path).stdout
+    assert "valid_f1" in output or (tmp_path / "run" / "checkpoint_best.pt").exists()
+    state = runs.load(tmp_path / "run" / "checkpoint_last.pt")
+    assert HEAD in state["model"] and state["cfg"]["criterion"]["max_answer_length"] == 5
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
