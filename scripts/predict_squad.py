@@ -31,6 +31,8 @@ from deltasam_fairseq.criterions.answers import judged  # noqa: E402
 from deltasam_fairseq.criterions.spans import Candidate  # noqa: E402
 from deltasam_fairseq.tasks.questions import read_record  # noqa: E402
 
+TASK = "span_prediction"
+
 
 class PredictionError(ValueError):
     """What is wrong with the arguments, and the remedy."""
@@ -45,6 +47,10 @@ def check(args: argparse.Namespace) -> Dict[str, Any]:
     for path in args.path:
         if not path.is_file():
             raise PredictionError(f"--path {path}: no such file")
+        task = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"]
+        name = getattr(task, "_name", None) or (task or {}).get("_name")
+        if name != TASK:
+            raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
     try:
         splits = read_record(args.data)["splits"]
     except ValueError as error:
@@ -115,8 +121,6 @@ def main() -> int:
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
         )
-        if not hasattr(task, "questions"):
-            raise PredictionError(f"--path {args.path[0]}: not of --task span_prediction")
         for name in ("max_answer_length", "null_threshold"):
             if getattr(args, name) is None:
                 setattr(args, name, getattr(cfg.criterion, name))
