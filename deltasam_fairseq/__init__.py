@@ -7,7 +7,7 @@ checks of the configuration and the safe loading of checkpoints in place. Nothin
 effect.
 """
 
-from deltasam_fairseq import bpe, checkpoints, models  # noqa: F401  registers with fairseq
+from deltasam_fairseq import bpe, checkpoints, models, tasks  # noqa: F401  registers with fairseq
 from deltasam_fairseq.install import install
 from deltasam_fairseq.lr_schedulers import register_swa_schedulers
 from deltasam_fairseq.optim import register_sharpness_aware_optimizers

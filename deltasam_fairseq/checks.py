@@ -76,6 +76,11 @@ def _check_criterion(cfg: Any) -> None:
     if cls is None or not issubclass(cls, RegularisedCriterion):
         return
     cls.check(cfg.criterion)
+    if cls.task_name is not None and _name(cfg.task) not in (None, cls.task_name):
+        raise ValueError(
+            f"--criterion {name} cannot be combined with --task {_name(cfg.task)}: use --task "
+            f"{cls.task_name}, or another criterion"
+        )
     regulariser = cls.regulariser_class
     regulariser.check_training(cfg.criterion)
     distributed = cfg.distributed_training

@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 CHUNK = 1000  # lines that go to a process at a time
 
 
-def bpe_encoder(name: str, **options: Any) -> Callable[[str], str]:
-    """Return the ``encode`` of one of fairseq's BPEs: a sentence in, tokens joined by spaces out.
+def build_bpe(name: str, **options: Any) -> Any:
+    """Return one of fairseq's BPEs.
 
     Args:
         name: as fairseq registers it: ``sentencepiece``, ``gpt2``, ``bytes``, ...; ``wordpiece``
@@ -34,7 +34,12 @@ def bpe_encoder(name: str, **options: Any) -> Callable[[str], str]:
     if name == "wordpiece":
         sys.path.append(str(ROOT))  # for a plugin that is not installed
         importlib.import_module("deltasam_fairseq")
-    return encoders.build_bpe(OmegaConf.create({"_name": name, **options})).encode
+    return encoders.build_bpe(OmegaConf.create({"_name": name, **options}))
+
+
+def bpe_encoder(name: str, **options: Any) -> Callable[[str], str]:
+    """Return the ``encode`` of `build_bpe`: a sentence in, tokens joined by spaces out."""
+    return build_bpe(name, **options).encode
 
 
 class Encoding(NamedTuple):
@@ -85,10 +90,15 @@ def _end_with_parent() -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
+def in_chunks(work: Callable[[Sequence[str]], List[Any]], lines: Sequence[str], run: Map) -> List:
+    """Return what ``work`` makes of the lines, which ``run`` (from `processes`) shares out."""
+    chunks = [lines[i : i + CHUNK] for i in range(0, len(lines), CHUNK)]
+    return list(itertools.chain.from_iterable(run(work, chunks)))
+
+
 def encode_lines(encoding: Encoding, lines: Sequence[str], run: Map) -> List[np.ndarray]:
     """Return each line's token numbers; ``run`` is from `processes`, any number gives the same."""
-    chunks = [lines[i : i + CHUNK] for i in range(0, len(lines), CHUNK)]
-    return list(itertools.chain.from_iterable(run(functools.partial(numbers, encoding), chunks)))
+    return in_chunks(functools.partial(numbers, encoding), lines, run)
 
 
 def write_items(items: Iterable[np.ndarray], vocab_size: int, prefix: Path) -> None:
@@ -128,6 +138,8 @@ __all__ = [
     "Encoding",
     "Map",
     "bpe_encoder",
+    "build_bpe",
+    "in_chunks",
     "encode_lines",
     "processes",
     "tools",

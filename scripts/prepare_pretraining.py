@@ -17,12 +17,13 @@ from binarize import Dictionary, bpe_encoder, write_dataset
 SPECIAL = {"<unk>", "<s>", "</s>"}  # fairseq's dictionary has its own
 
 
-def train_vocabulary(lines: List[str], size: int, out: Path) -> None:
+def train_vocabulary(lines: List[str], size: int, out: Path, kind: str = "unigram") -> None:
     """Write ``spm.model`` and the matching fairseq ``dict.txt``; the same lines give the same."""
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(lines),
         model_prefix=str(out / "spm"),
         vocab_size=size,
+        model_type=kind,
         character_coverage=1.0,
         num_threads=1,
         minloglevel=1,
@@ -40,11 +41,12 @@ def main() -> None:
     parser.add_argument("--skip", type=int, default=0, help="first lines, kept for the task")
     parser.add_argument("--valid", type=int, default=500, help="lines to validate on")
     parser.add_argument("--vocab-size", type=int, default=4000, help="pieces of the vocabulary")
+    parser.add_argument("--model-type", choices=("unigram", "bpe"), default="unigram")
     args = parser.parse_args()
 
     lines = args.text.read_text(encoding="utf-8").splitlines()[args.skip :]
     args.out.mkdir(parents=True, exist_ok=True)
-    train_vocabulary(lines, args.vocab_size, args.out)
+    train_vocabulary(lines, args.vocab_size, args.out, args.model_type)
     encode = bpe_encoder("sentencepiece", sentencepiece_model=str(args.out / "spm.model"))
     dictionary = Dictionary.load(str(args.out / "dict.txt"))
     for split, part in (("valid", lines[: args.valid]), ("train", lines[args.valid :])):

@@ -49,12 +49,20 @@ def taught_translation(translation):
 
 
 @pytest.fixture(scope="session")
-def data_of(taught_classification, language_modelling, taught_translation, ranking):
+def span_prediction(tmp_path_factory):
+    return tiny.write_span_prediction(tmp_path_factory.mktemp("span_prediction"))
+
+
+@pytest.fixture(scope="session")
+def data_of(
+    taught_classification, language_modelling, taught_translation, ranking, span_prediction
+):
     """Data directory of each criterion."""
     classification, translation = taught_classification, taught_translation
     return {
         **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,
+        "span_prediction": span_prediction,
         "masked_lm": language_modelling,
         "cross_entropy": translation,
         "label_smoothed_cross_entropy": translation,

@@ -24,6 +24,7 @@ CRITERIONS = sorted(
 )
 OWN = set("freelb plain r3f r_drop smart vat distill".split())
 OWN |= {"seq2seq_r3f", "seq2seq_r_drop", "seq2seq_distill"}
+OWN |= {"span_prediction"}
 NEEDS_APEX = {"sam_lamb", "delta_sam_lamb"}
 
 

@@ -1,4 +1,5 @@
-"""algorithms <- {optim, criterions, lr_schedulers} <- trainer <- __init__: read from imports."""
+"""algorithms <- {optim, criterions, lr_schedulers} <- trainer <- __init__, models <- tasks <-
+__init__: read from the imports themselves."""
 
 import ast
 from pathlib import Path
@@ -16,6 +17,8 @@ ALLOWED = {
     "optim": {"algorithms", "optim"},
     "criterions": {"algorithms", "criterions"},
     "lr_schedulers": {"algorithms", "lr_schedulers"},
+    "models": {"models"},
+    "tasks": {"models", "tasks"},
 }
 
 

@@ -1,5 +1,6 @@
 """Tiny fairseq runs for tests: data, command lines, trainers in this process."""
 
+import json
 import os
 import re
 import subprocess
@@ -119,6 +120,54 @@ def write_ranking(path: Path, train: int = 32, valid: int = 16) -> Path:
     return path
 
 
+def write_span_prediction(
+    path: Path, train: int = 24, valid: int = 14, seen_in_validation: bool = False
+) -> Path:
+    """span_prediction data of SQuAD 2.0's kind, in windows of at most 16 tokens.
+
+    A question is a word, its answer the next one or two words of the context; every fifth word is
+    not in the context.
+    """
+    sys.path.append(str(Path(__file__).parents[1] / "scripts"))
+    from squad_splits import COLUMNS
+    from squad_windows import Layout
+
+    words, layout = dictionary(), Layout(length=16, stride=4, query=4, separators=2)
+    path.mkdir(parents=True, exist_ok=True)
+    record: Dict[str, Any] = {"task": "span_prediction", "max_seq_length": 16, "splits": {}}
+    for split, n, seed in (("train", train, 1), ("valid", valid, 1 if seen_in_validation else 2)):
+        rng = np.random.RandomState(seed)
+        tokens, rows, offsets, contexts, questions = [], [], [], [], []
+        for i in range(n):
+            context = 4 + rng.permutation(WORDS)[: rng.randint(6, 15)]
+            names = [words[token] for token in context]
+            ends = np.cumsum([len(name) + 1 for name in names]) - 1
+            spans = [(end - len(name), end) for name, end in zip(names, ends)]
+            at, answer, golds = rng.randint(len(context) - 2), None, []
+            asked = context[at]
+            if i % 5 == 4:
+                asked = next(t for t in range(4, 4 + WORDS) if t not in context)
+            else:
+                answer = (at + 1, at + 1 + i % 2)
+                golds = [" ".join(names[answer[0] : answer[1] + 1])]
+            windows = layout.windows(np.array([asked]), context, answer, words.bos(), words.eos())
+            tokens += [window.tokens for window in windows]
+            for window in windows:
+                rows.append([i if c == "question" else getattr(window, c) for c in COLUMNS])
+            offsets.append(np.array(spans).reshape(-1))
+            contexts.append(" ".join(names))
+            questions.append([f"q{i}", i, golds])
+        _write(path / split, tokens)
+        _write(path / f"{split}.offsets", offsets)
+        np.save(path / f"{split}.windows.npy", np.array(rows, dtype=np.int32))
+        content = {"version_2": True, "contexts": contexts, "questions": questions}
+        (path / f"{split}.json").write_text(json.dumps(content))
+        record["splits"][split] = {"questions": n, "version_2": True, "labelled": True}
+    (path / "task.json").write_text(json.dumps(record))
+    words.save(str(path / "dict.txt"))
+    return path
+
+
 def arguments(
     data: Path, save_dir: Path, *more: str, criterion: str = "sentence_prediction"
 ) -> List[str]:
@@ -129,6 +178,7 @@ def arguments(
         **dict.fromkeys(SENTENCE_CRITERIONS, sentence_prediction),
         "sentence_ranking": ["--task", "sentence_ranking", *MODEL, "--num-classes", "2"]
         + ["--init-token", "0", "--separator-token", "2"],
+        "span_prediction": ["--task", "span_prediction", *MODEL],
         "masked_lm": ["--task", "masked_lm", *MODEL, "--sample-break-mode", "complete"]
         + ["--tokens-per-sample", "24"],
     }.get(criterion)

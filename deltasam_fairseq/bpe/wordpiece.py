@@ -7,7 +7,7 @@ fairseq's own ``--bpe bert`` needs transformers, and knows neither <unk> nor <ma
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Optional
+from typing import List, Optional, Tuple
 
 from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
@@ -85,8 +85,13 @@ class WordPieceBPE:
 
     def encode(self, x: str) -> str:
         """A sentence in, its pieces joined by spaces out: "unaffable" -> "una ##ffa ##ble"."""
-        pieces = self._tokenizer.encode(x, add_special_tokens=False).tokens
-        return " ".join(SPECIAL.get(piece, piece) for piece in pieces)
+        return " ".join(piece for piece, _, _ in self.pieces(x))
+
+    def pieces(self, x: str) -> List[Tuple[str, int, int]]:
+        """The pieces of a sentence, and where in it each begins and ends, in characters."""
+        encoded = self._tokenizer.encode(x, add_special_tokens=False)
+        found = zip(encoded.tokens, encoded.offsets)
+        return [(SPECIAL.get(piece, piece), begin, end) for piece, (begin, end) in found]
 
     def decode(self, x: str) -> str:
         """The reverse, up to case, accents and spaces; special pieces get BERT's names."""

@@ -154,6 +154,7 @@ class RegularisedCriterion:
 
     regulariser_class: ClassVar[Type[Regulariser]]
     config_class: ClassVar[Type[FairseqDataclass]]
+    task_name: ClassVar[Optional[str]] = None  # of the only task that it is for
 
     def _set_up(self, cfg: Any) -> None:
         self.check(cfg)

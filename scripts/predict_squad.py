@@ -1,0 +1,141 @@
+"""Answer the questions of a prepared data set with a fine-tuned model, in SQuAD's own format.
+
+    python scripts/predict_squad.py --data SQuAD-bin --path checkpoint_best.pt --out predictions
+
+``predictions/predictions.json`` is {question's id: answer}, what SQuAD's evaluate-v1.1.py and
+evaluate-v2.0.py read.  For SQuAD 2.0 the answer is empty where there is none, and
+``null_odds.json`` holds by how much "none" was the likelier (evaluate-v2.0.py -n).  Where the
+answers are known, ``metrics.json`` has exact match and F1, and both are printed.  Several
+checkpoints are averaged: the probabilities of start and end.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import torch
+from binarize import write_whole
+from fairseq import checkpoint_utils, utils
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT))  # for a plugin that is not installed
+
+importlib.import_module("deltasam_fairseq")  # registers the task, before a checkpoint names it
+
+from deltasam_fairseq.criterions.answers import judged  # noqa: E402
+from deltasam_fairseq.criterions.spans import Candidate  # noqa: E402
+from deltasam_fairseq.tasks.questions import read_record  # noqa: E402
+
+TASK = "span_prediction"
+
+
+class PredictionError(ValueError):
+    """What is wrong with the arguments, and the remedy."""
+
+
+def check(args: argparse.Namespace) -> Dict[str, Any]:
+    """Return what task.json says of the split.
+
+    Raises:
+        PredictionError: a file or the split is not there.
+    """
+    for path in args.path:
+        if not path.is_file():
+            raise PredictionError(f"--path {path}: no such file")
+        task = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"]
+        name = getattr(task, "_name", None) or (task or {}).get("_name")
+        if name != TASK:
+            raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
+    try:
+        splits = read_record(args.data)["splits"]
+    except ValueError as error:
+        raise PredictionError(f"--data {error}") from error
+    if args.split not in splits:
+        raise PredictionError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
+    return splits[args.split]
+
+
+@torch.no_grad()
+def candidates(
+    models: Sequence[Any], task: Any, criterion: Any, split: str, batch_size: int
+) -> Dict[int, Candidate]:
+    """Return the best answer to every question, by its number, from all of its windows."""
+    task.load_dataset(split)
+    iterator = task.get_batch_iterator(task.dataset(split), max_sentences=batch_size)
+    found: Dict[int, Candidate] = {}
+    for sample in iterator.next_epoch_itr(shuffle=False):
+        sample = utils.move_to_cuda(sample) if torch.cuda.is_available() else sample
+        scores = [criterion.batch(model, sample, 1.0).scores().double() for model in models]
+        mean = torch.stack(scores).logsumexp(dim=0) - torch.tensor(float(len(models))).log()
+        for number, text, score, null in criterion.answers(sample, criterion.spans(mean, sample)):
+            new = Candidate(score, null, text)
+            found[number] = new.joined(found[number]) if number in found else new
+    return found
+
+
+def write(args: argparse.Namespace, entry: Dict[str, Any], task: Any, found: Dict) -> None:
+    """Write the files, and print the metrics if the answers are known."""
+    threshold = args.null_threshold if entry["version_2"] else float("inf")
+    answers: Dict[str, str] = {}
+    odds: Dict[str, float] = {}
+    values: List[Any] = []
+    for number, candidate in sorted(found.items()):
+        question = task.questions[number]
+        odds[question.id] = candidate.null_odds
+        answers[question.id] = "" if candidate.null_odds > threshold else candidate.answer
+        if entry["labelled"]:
+            values.append(judged(answers[question.id], question.answers, question.version_2))
+    files: Dict[str, Any] = {"predictions.json": answers}
+    if entry["version_2"]:
+        files["null_odds.json"] = odds
+    if values:
+        exact, f1 = (100 * sum(column) / len(values) for column in zip(*values))
+        files["metrics.json"] = {"exact_match": exact, "f1": f1, "total": len(values)}
+        print(f"exact_match {exact:.2f}, f1 {f1:.2f}")
+    for name, content in files.items():
+        write_whole(args.out / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+    print(f"{args.out / 'predictions.json'}: {len(answers)} answers")
+
+
+def main() -> int:
+    """Answer the questions of a split; return the exit code."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", type=Path, required=True, help="folder made by prepare_squad.py")
+    add("--split", default="valid", help="of the data: valid, test, ... (default: valid)")
+    add("--path", type=Path, nargs="+", required=True, help="fine-tuned checkpoints")
+    add("--out", type=Path, required=True, help="folder to write")
+    add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
+    add("--max-answer-length", type=int, help="in tokens (default: as in training)")
+    add("--null-threshold", type=float, help="odds of 'no answer' (default: as in training)")
+    args = parser.parse_args()
+    try:
+        entry = check(args)
+        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
+            [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
+        )
+        for name in ("max_answer_length", "null_threshold"):
+            if getattr(args, name) is None:
+                setattr(args, name, getattr(cfg.criterion, name))
+            setattr(cfg.criterion, name, getattr(args, name))
+        criterion = task.build_criterion(cfg.criterion)
+        for model in models:
+            model.eval()
+            if torch.cuda.is_available():
+                model.cuda()
+        write(args, entry, task, candidates(models, task, criterion, args.split, args.batch_size))
+    except PredictionError as error:
+        print(f"predict_squad.py: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

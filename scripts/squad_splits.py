@@ -1,0 +1,175 @@
+"""Write the splits of a SQuAD data set as fairseq data: each whole or not at all, and only once."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import io
+import json
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import numpy as np
+from binarize import Encoding, Map, in_chunks, tools, write_items, write_whole
+from glue_cache import sha256
+from glue_splits import RECORD, read_record
+from offsets import Encoded, encode
+from squad_files import Question, Squad, SquadError, read_squad
+from squad_windows import Layout, Window
+
+VERSION = 1  # of task.json, and of how the data is written
+ENDINGS = ("bin", "idx", "windows.npy", "offsets.bin", "offsets.idx", "json")
+# Of SPLIT.windows.npy, as the task reads them; the last but one is the number of the question.
+COLUMNS = ("start", "end", "begin", "stop", "own_begin", "own_stop", "question", "first")
+INTEGERS = 1 << 30  # a vocabulary of numbers that need 32 bits
+
+
+class Split(NamedTuple):
+    """One split to write: where it comes from, where it goes."""
+
+    name: str  # fairseq's: train, valid, test
+    source: Path
+    out: Path
+    layout: Layout
+    any_rows: bool
+    fingerprint: str  # of all that the result depends on
+
+    def read(self) -> Squad:
+        """Read its file; answers are needed in all but test."""
+        return read_squad(self.source, self.name != "test", self.any_rows)
+
+
+def split_of(
+    name: str, source: Path, out: Path, layout: Layout, any_rows: bool, bpe: Dict[str, Any]
+) -> Split:
+    """Return a split; raises a SquadError if its file is missing."""
+    if not source.is_file():
+        raise SquadError(f"--{name} {source}: no such file")
+    facts = [VERSION, name, layout, any_rows, sha256(source), bpe["name"], bpe["sha256"]]
+    facts += [bpe["options"].get("wordpiece_cased", False)]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return Split(name, source, out, layout, any_rows, digest)
+
+
+def is_finished(split: Split) -> bool:
+    """Whether an earlier run wrote this split, from the same file and with the same options."""
+    there = all((split.out / f"{split.name}.{ending}").is_file() for ending in ENDINGS)
+    entry = read_record(split.out).get(split.name, {})
+    return there and entry.get("fingerprint") == split.fingerprint
+
+
+def answer_tokens(question: Question, context: Encoded) -> Optional[Tuple[int, int]]:
+    """Return the first and the last token of the first gold answer; None if there is none."""
+    if not question.answers:
+        return None
+    text, start = question.answers[0]
+    first, last = context.span(start, start + len(text))
+    return (first, last) if first <= last else None
+
+
+def write_split(split: Split, squad: Squad, encoding: Encoding, run: Map) -> Dict[str, Any]:
+    """Encode and write one split; return what task.json says of it."""
+    dictionary = tools(encoding)[1]
+    work = functools.partial(encode, encoding)
+    contexts: List[Encoded] = in_chunks(work, squad.contexts, run)
+    texts: List[Encoded] = in_chunks(work, [question.text for question in squad.questions], run)
+    _check_known(split, encoding, [*contexts, *texts])
+    windows: List[Window] = []
+    numbers: List[int] = []
+    for i, (question, text) in enumerate(zip(squad.questions, texts)):
+        context = contexts[question.context]
+        if not len(context.tokens):
+            raise SquadError(f"{split.source}, question {question.id}: its context is empty")
+        found = split.layout.windows(
+            text.tokens,
+            context.tokens,
+            answer_tokens(question, context),
+            dictionary.bos(),
+            dictionary.eos(),
+        )
+        windows += found
+        numbers += [i] * len(found)
+    rows = [
+        [number if name == "question" else getattr(window, name) for name in COLUMNS]
+        for window, number in zip(windows, numbers)
+    ]
+    table = io.BytesIO()
+    np.save(table, np.array(rows, dtype=np.int32))
+    prefix = split.out / split.name
+    write_items((window.tokens for window in windows), len(dictionary), prefix)
+    offsets = (context.offsets.reshape(-1) for context in contexts)
+    write_items(offsets, INTEGERS, Path(f"{prefix}.offsets"))
+    write_whole(Path(f"{prefix}.windows.npy"), table.getvalue())
+    content = {
+        "version_2": squad.version_2,
+        "contexts": squad.contexts,
+        "questions": [[q.id, q.context, [a.text for a in q.answers]] for q in squad.questions],
+    }
+    write_whole(Path(f"{prefix}.json"), json.dumps(content))
+    return {
+        "file": split.source.name,
+        "questions": len(squad.questions),
+        "windows": len(windows),
+        "version_2": squad.version_2,
+        "labelled": squad.labelled,
+        "fingerprint": split.fingerprint,
+    }
+
+
+def _check_known(split: Split, encoding: Encoding, texts: List[Encoded]) -> None:
+    """Refuse a dict.txt that does not belong to the BPE."""
+    unk = tools(encoding)[1].unk()
+    total = sum(len(text.tokens) for text in texts)
+    unknown = sum(int((text.tokens == unk).sum()) for text in texts)
+    if 2 * unknown > total:
+        raise SquadError(
+            f"{split.source}: {unknown} of {total} tokens are not in --dict "
+            f"{encoding.dictionary}; give the dict.txt that belongs to the BPE's files"
+        )
+
+
+def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, run: Map) -> None:
+    """Write the splits that are not finished, after reading the files of all of them.
+
+    A split is entered in task.json when its files are there as a whole, and what belonged to an
+    older one is removed first: a run that was cut leaves finished splits and no others.
+
+    Raises:
+        SquadError: a file is not what it should be; nothing has been written then.
+    """
+    out, layout = splits[0].out, splits[0].layout
+    old = read_record(out)
+    finished = {split.name: old[split.name] for split in splits if is_finished(split)}
+    waiting = {split.name: split.read() for split in splits if split.name not in finished}
+    for stale in {*old, *(split.name for split in splits)} - set(finished):
+        for ending in ENDINGS:
+            path = out / f"{stale}.{ending}"
+            if path.is_file():
+                path.unlink()
+    description = {
+        "version": VERSION,
+        "task": "span_prediction",
+        "max_seq_length": layout.length,
+        "doc_stride": layout.stride,
+        "max_query_length": layout.query,
+        "separators": layout.separators,
+        "bpe": bpe,
+        "splits": finished,
+    }
+
+    def save_record() -> None:
+        write_whole(out / RECORD, json.dumps(description, indent=1) + "\n")
+
+    save_record()
+    write_whole(out / "dict.txt", Path(encoding.dictionary).read_bytes())
+    for split in splits:
+        if split.name in finished:
+            print(f"{split.name}: already there, {out}")
+            continue
+        squad = waiting.pop(split.name)
+        entry = write_split(split, squad, encoding, run)
+        finished[split.name] = entry
+        save_record()
+        dropped = f", {squad.left_out} misplaced answers left out" if squad.left_out else ""
+        counts = f"{entry['questions']} questions, {entry['windows']} windows{dropped}"
+        print(f"{split.name}: {counts} -> {out}", flush=True)

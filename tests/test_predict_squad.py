@@ -1,0 +1,130 @@
+"""scripts/predict_squad.py: the answers that the model's scores say, in SQuAD's format."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(Path(__file__).parent / "cli"))
+import runs  # noqa: E402
+
+from deltasam_fairseq.criterions.answers import judged  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def trained(span_prediction, tmp_path_factory):
+    """Two checkpoints of a few updates."""
+    folder = tmp_path_factory.mktemp("trained")
+    more = ["--lr", "0.02", "--max-update", "9", "--null-threshold", "-0.5"]
+    for seed in ("3", "4"):
+        runs.train(
+            span_prediction, folder / seed, *more, "--seed", seed, criterion="span_prediction"
+        )
+    return [folder / seed / "checkpoint_last.pt" for seed in ("3", "4")]
+
+
+def predict(*argv, code=0):
+    command = [sys.executable, str(ROOT / "scripts" / "predict_squad.py"), *map(str, argv)]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+    )
+    assert result.returncode == code, result.stderr
+    return result.stdout if code == 0 else result.stderr
+
+
+def read(folder):
+    return {path.stem: json.loads(path.read_text()) for path in folder.iterdir()}
+
+
+def by_hand(data, paths):
+    """id -> odds of none, text of the best span, gold answers: every span of every window, with the
+    mean of the probabilities of start and of end."""
+    models, _, task = checkpoint_utils.load_model_ensemble_and_task([str(p) for p in paths])
+    dataset = task.load_dataset("valid")
+    spans, nulls = {}, {}
+    for i in range(len(dataset)):
+        sample = dataset.collater([dataset[i]])
+        where = {name: int(column) for name, column in sample["window"].items()}
+        context = list(range(where["begin"], where["stop"]))
+        p = []
+        for model in models:
+            model.eval()
+            kwargs = {"features_only": True, "classification_head_name": task.head_name}
+            with torch.no_grad():
+                logits = model(**sample["net_input"], **kwargs)[0][0].double()
+            p.append(logits[[0, *context]].softmax(dim=0))
+        log_p = (sum(p) / len(p)).log()
+        name = where["question"]
+        shift = where["first"] - where["begin"]
+        nulls.setdefault(name, []).append(float(log_p[0].sum()))
+        for s, start in enumerate(context, 1):
+            if where["own_begin"] <= start < where["own_stop"]:
+                for e, end in enumerate(context[s - 1 :], s):
+                    score = float(log_p[s, 0] + log_p[e, 1])
+                    text = task.questions[name].text(start + shift, end + shift)
+                    spans.setdefault(name, []).append((score, text))
+    found = {}
+    for name in spans:
+        score, text = max(spans[name])
+        question = task.questions[name]
+        found[question.id] = (min(nulls[name]) - score, text, question.answers)
+    return found
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_answers_are_the_best_spans(span_prediction, trained, tmp_path, count):
+    output = predict(
+        *("--data", span_prediction, "--path", *trained[:count], "--out", tmp_path / "out"),
+        *("--batch-size", "3"),
+    )
+    found, expected = read(tmp_path / "out"), by_hand(span_prediction, trained[:count])
+    odds = {k: odds for k, (odds, _, _) in expected.items()}
+    assert found["null_odds"] == pytest.approx(odds, abs=1e-5)  # logits are float32
+    answers = {k: "" if odds > -0.5 else text for k, (odds, text, _) in expected.items()}
+    assert found["predictions"] == answers and len(answers) == 14
+    values = [judged(answers[k], golds, True) for k, (_, _, golds) in expected.items()]
+    exact, f1 = (100 * sum(column) / 14 for column in zip(*values))
+    assert found["metrics"] == {
+        "exact_match": pytest.approx(exact),
+        "f1": pytest.approx(f1),
+        "total": 14,
+    }
+    assert f"exact_match {exact:.2f}, f1 {f1:.2f}" in output
+
+
+def test_thresholds(span_prediction, trained, tmp_path):
+    """Below all odds none is answered, above them every question is; one token at most."""
+    common = ("--data", span_prediction, "--path", trained[0])
+    predict(*common, "--out", tmp_path / "none", "--null-threshold=-1e9")
+    assert set(read(tmp_path / "none")["predictions"].values()) == {""}
+    assert read(tmp_path / "none")["metrics"]["f1"] == pytest.approx(100 * 2 / 14)  # i = 4, 9
+    more = ("--null-threshold", "1e9", "--max-answer-length", "1")
+    predict(*common, "--out", tmp_path / "all", *more)
+    found = read(tmp_path / "all")["predictions"].values()
+    assert all(answer and " " not in answer for answer in found)
+    assert all(map(math.isfinite, read(tmp_path / "all")["null_odds"].values()))
+
+
+def test_errors(span_prediction, classification, trained, tmp_path):
+    out = ("--out", tmp_path / "out")
+    data = ("--data", span_prediction)
+    assert "no such file" in predict(*data, "--path", "/no/such.pt", *out, code=2)
+    message = predict(*data, "--path", trained[0], *out, "--split", "test", code=2)
+    assert "--split test" in message and "train, valid" in message
+    message = predict("--data", classification, "--path", trained[0], *out, code=2)
+    assert "prepare_squad.py" in message
+    path = runs.train(classification, tmp_path / "run", "--max-update", "1").save_dir
+    message = predict(*data, "--path", path / "checkpoint_last.pt", *out, code=2)
+    assert "not of --task span_prediction" in message
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(autouse=True)
+def plugin_on_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
