@@ -1,0 +1,19 @@
+"""A model that was read from a checkpoint is evaluated by the layers that it was trained with."""
+
+import tiny
+import torch
+
+
+def test_evaluation_is_training_without_dropout(classification, tmp_path):
+    """fairseq 0.12 alone, with torch 2: RuntimeError, Mask Type should be defined."""
+    more = ["--dropout", "0", "--attention-dropout", "0"]
+    trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *more))
+    model, sample = trainer.get_model(), tiny.batches(trainer)[0]
+    model.load_state_dict(model.state_dict())
+    tokens, outputs = sample["net_input"]["src_tokens"], []
+    assert tokens.eq(1).any()
+    for training in (False, True):  # once it trained, 0.12 never uses its fused layers again
+        model.train(training)
+        with torch.no_grad():
+            outputs.append(model(tokens, features_only=True)[0][tokens.ne(1)])
+    torch.testing.assert_close(outputs[0], outputs[1])
