@@ -9,7 +9,7 @@ from typing import Any
 from fairseq import checkpoint_utils
 from fairseq.distributed import utils as distributed_utils
 
-from deltasam_fairseq.checkpoints import linear_heads, spectral_norm
+from deltasam_fairseq.checkpoints import fused_layers, linear_heads, spectral_norm
 from deltasam_fairseq.checkpoints.literal import literal_eval
 from deltasam_fairseq.checkpoints.reading import Reader, read_from_peer, read_safely, torch_load_as
 
@@ -21,7 +21,8 @@ def install() -> None:
     which fairseq reads every checkpoint; ``_broadcast_object_slow``, with which rank 0 hands
     it to the other ranks (a peer, not a file: read as before torch 2.6); and gives those of
     fairseq's modules that call ``eval`` :func:`literal_eval` for it. Spectrally normalised
-    classification heads (R4F), and heads of span prediction, are read as they were written.
+    classification heads (R4F), and heads of span prediction, are read as they were written, and
+    fairseq 0.12's fused layers do not evaluate on what was read.
 
     Under data parallelism: on every rank, before the first checkpoint is read.
     """
@@ -33,6 +34,7 @@ def install() -> None:
             vars(module).setdefault("eval", literal_eval)
     spectral_norm.install()
     linear_heads.install()
+    fused_layers.install()
 
 
 def _rebind(module: Any, name: str, reader: Reader) -> None:

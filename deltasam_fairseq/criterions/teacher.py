@@ -28,10 +28,6 @@ class Teacher:
 
     def __init__(self, model: nn.Module, head: Optional[str], keep: Optional[int]) -> None:
         self.model = model.eval().requires_grad_(False)
-        for module in model.modules():
-            # fairseq 0.12: fused layers in eval mode, on second copies of the weights.
-            if getattr(module, "can_use_fastpath", False):
-                module.can_use_fastpath = False  # type: ignore[assignment]
         self.head = head
         self.keep = keep
         self._known: Deque[Tuple[Tensor, Tensor]] = deque(maxlen=0)

@@ -38,8 +38,6 @@ def build_student(data, tmp_path, *more, regression=False, **kwargs):
 def loaded(path):
     """The teacher as fairseq itself loads it."""
     (model,), _, _ = checkpoint_utils.load_model_ensemble_and_task([str(path)])
-    for module in model.modules():
-        module.can_use_fastpath = False  # which fails on some pairs of fairseq 0.12 and torch
     return model.double().eval()
 
 
