@@ -89,7 +89,8 @@ class Climber:
         trainer, sam = self._trainer, self._sam
         # The criterion's data-parallel wrapper would reduce what is to stay with the rank.
         criterion = trainer.get_criterion() if self._reduction.stays else trainer.criterion
-        log = UpdateLog(per_rank=sam.per_rank, estimated=sam.ascent_fraction < 1)
+        sums = trainer.task.logging_outputs_can_be_summed(trainer.get_criterion())
+        log = UpdateLog(sam.per_rank, estimated=sam.ascent_fraction < 1, sums=sums)
         rank = trainer.data_parallel_rank
         generator = update_generator(*self._draw(), SENTENCES, torch.device("cpu"), rank)
         replay()

@@ -51,9 +51,10 @@ class UpdateLog:
     Args:
         per_rank: every rank has an ascent of its own; the log then has the mean of
             ascent_gnorm over ranks, and rank 0's delta_sam_r.
-        estimated: the clean forwards are those of a part of the sentences. Their sums are scaled
-            up to those of all, and sharpness, which would compare different sentences, is left
-            out.
+        estimated: the clean forwards are those of a part of the sentences. What they log is an
+            estimate for all, and sharpness, which would compare different sentences, is left out.
+        sums: whether logging outputs hold sums over sentences; an estimate is then scaled up to
+            the sums over all.
 
     Attributes:
         reweighting: delta-SAM's weights, None for SAM.
@@ -65,9 +66,10 @@ class UpdateLog:
 
     ascent_gnorm: Tensor
 
-    def __init__(self, per_rank: bool, estimated: bool = False) -> None:
+    def __init__(self, per_rank: bool, estimated: bool = False, sums: bool = True) -> None:
         self.per_rank = per_rank
         self.estimated = estimated
+        self.sums = sums
         self.reweighting: Optional[Reweighting] = None
         self.probe_radius: Optional[Tensor] = None
         self.realised: Optional[Tensor] = None
@@ -91,7 +93,8 @@ class UpdateLog:
             is_dummy: whether the rank does not have this micro-batch.
             share: of its sentences that were forwarded, above 0, at most 1.
         """
-        self._clean.append({k: _over(v, share) for k, v in logging_output.items()})
+        scale = share if self.sums else 1.0
+        self._clean.append({k: _over(v, scale) for k, v in logging_output.items()})
         self._sample_sizes.append(sample_size)
         self._shares.append(share)
         self._dummies.append(is_dummy)
