@@ -44,20 +44,44 @@ def check(args: argparse.Namespace) -> Dict[str, Any]:
     Raises:
         PredictionError: a file or the split is not there.
     """
-    for path in args.path:
-        if not path.is_file():
-            raise PredictionError(f"--path {path}: no such file")
-        task = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"]
-        name = getattr(task, "_name", None) or (task or {}).get("_name")
-        if name != TASK:
-            raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
     try:
-        splits = read_record(args.data)["splits"]
+        record = read_record(args.data)
     except ValueError as error:
         raise PredictionError(f"--data {error}") from error
+    for path in args.path:
+        check_checkpoint(path, record)
+    splits = record["splits"]
     if args.split not in splits:
         raise PredictionError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
     return splits[args.split]
+
+
+def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
+    """Compare the data that a checkpoint was trained on with the data to predict.
+
+    Raises:
+        PredictionError: it is of another task or encoding, as far as it can be known.
+    """
+    if not path.is_file():
+        raise PredictionError(f"--path {path}: no such file")
+    options = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"] or {}
+    name = options.get("_name")
+    if name != TASK:
+        raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
+    origin = Path(options.get("data") or "")
+    if not (origin / "task.json").is_file():
+        return
+    made = read_record(origin)
+    for key in ("bpe", "separators"):
+        if _without_paths(made.get(key)) != _without_paths(record.get(key)):
+            raise PredictionError(
+                f"--path {path}: trained on data of another {key}; run prepare_squad.py with what "
+                f"{origin} was made with"
+            )
+
+
+def _without_paths(value: Any) -> Any:
+    return value["sha256"] if isinstance(value, dict) else value
 
 
 @torch.no_grad()

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -122,6 +123,12 @@ def test_errors(span_prediction, classification, trained, tmp_path):
     path = runs.train(classification, tmp_path / "run", "--max-update", "1").save_dir
     message = predict(*data, "--path", path / "checkpoint_last.pt", *out, code=2)
     assert "not of --task span_prediction" in message
+    other = Path(shutil.copytree(str(span_prediction), str(tmp_path / "other")))
+    record = json.loads((other / "task.json").read_text())
+    record["bpe"] = {"name": "gpt2", "sha256": {"dict": "0"}}
+    (other / "task.json").write_text(json.dumps(record))
+    message = predict("--data", other, "--path", trained[0], *out, code=2)
+    assert "trained on data of another bpe" in message
     assert not (tmp_path / "out").exists()
 
 

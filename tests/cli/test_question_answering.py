@@ -69,6 +69,21 @@ def test_resumed_is_uninterrupted(span_prediction, tmp_path, optimizer):
     )
 
 
+def test_with_averaged_weights(span_prediction, tmp_path):
+    """Validation and the best checkpoint are those of the average, the head's included."""
+    argv = tiny.arguments(
+        span_prediction,
+        tmp_path,
+        *("--optimizer", "delta_sam_adam", "--max-update", "8", "--lr", "0.02", *BEST),
+        *("--lr-scheduler", "swa_fixed", "--swa-start", "0.25", "--swa-lr", "0.01"),
+        "--data-buffer-size=0",
+        criterion="span_prediction",
+    )
+    assert len(validations(tiny.train(argv).stdout)) >= 2
+    state = runs.load(tmp_path / "checkpoint_last.pt")
+    assert torch.isfinite(state["model"][HEAD]).all()
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "sam_sgd", "delta_sam_sgd"])
 def test_micro_batches_are_one_batch(span_prediction, tmp_path, optimizer):
     """The weights of the windows in delta-SAM's ascent do not depend on how a batch is split."""
