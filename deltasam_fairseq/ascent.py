@@ -157,7 +157,7 @@ class Climber:
                     weights = reweighting.weights[done : done + len(losses)]
                     weights = (weights / log.weights_divisor).to(losses)
                     done += len(losses)
-                trainer.optimizer.backward((weights * losses).sum())
+                self._backward((weights * losses).sum())
             log.add(logging_output, sample_size, is_dummy)
         return log
 
@@ -183,7 +183,7 @@ class Climber:
             with self._reduction.held_back(last=i == len(samples) - 1):
                 with self._autocast():
                     losses = self._forward(self._trainer.model, self._take(sample, kept)).losses
-                self._trainer.optimizer.backward((weights[kept].to(losses) * losses).sum())
+                self._backward((weights[kept].to(losses) * losses).sum())
             log.add(found.logging_output, found.sample_size, is_dummy)
 
     def _reweight(
@@ -200,12 +200,13 @@ class Climber:
                 sam.weights.restore()
             for rise, c, p in zip(rises, clean, probed):
                 rise += sign * guardedness(c, p) / len(sam.probe_signs)
-        real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
-        a = torch.cat(real) * (sam.rho / radius)
-        sums = guardedness_sums(a)
-        if self._reduction.needed:
-            distributed_utils.all_reduce(sums, group=self._trainer.data_parallel_process_group)
-        log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
+        with torch.autograd.profiler.record_function("sam-reweight"):
+            real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
+            a = torch.cat(real) * (sam.rho / radius)
+            sums = guardedness_sums(a)
+            if self._reduction.needed:
+                distributed_utils.all_reduce(sums, group=self._trainer.data_parallel_process_group)
+            log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
         if sam.half_dtype is not None:
             # eps* does not depend on the size of the weights, but fp16 gradients overflow by it.
             log.weights_divisor = log.reweighting.r.clamp(min=1)
@@ -219,7 +220,13 @@ class Climber:
             return [self._forward(model, sample) for sample, _ in samples]
 
     def _forward(self, model: torch.nn.Module, sample: Dict[str, Any]) -> PerSentence:
-        return per_sentence_losses(self._trainer.get_criterion(), model, sample)
+        name = "sam-forward" if torch.is_grad_enabled() else "sam-forward-nograd"
+        with torch.autograd.profiler.record_function(name):
+            return per_sentence_losses(self._trainer.get_criterion(), model, sample)
+
+    def _backward(self, loss: Tensor) -> None:
+        with torch.autograd.profiler.record_function("sam-backward"):
+            self._trainer.optimizer.backward(loss)
 
     def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: Replay) -> None:
         """Once a run: the per-sentence losses add up to what the criterion itself returns."""

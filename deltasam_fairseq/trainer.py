@@ -47,6 +47,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._update_log: Optional[UpdateLog] = None
         self._ran_out_of_memory = False
         self._last_update = 0
+        self._finite_probes: Optional[Tensor] = None
         criterion = self.get_criterion()
         if isinstance(criterion, RegularisedCriterion):
             criterion.before_training()
@@ -251,11 +252,27 @@ class SharpnessAwareTrainer(AveragingTrainer):
             logging_outputs = log.merge(logging_outputs)
         clean, perturbed, sums = log.split(logging_outputs)
         stats = super()._reduce_and_log_stats(clean, sample_size, grad_norm)
-        log.report(self.task, self.get_criterion(), clean, perturbed, sums, sample_size)
-        if not log.finite() and "delta_sam_finite" not in self._warn_once:
+        with torch.autograd.profiler.record_function("sam-log"):
+            log.report(self.task, self.get_criterion(), clean, perturbed, sums, sample_size)
+        self._warn_of_probes(log)
+        return stats
+
+    def _warn_of_probes(self, log: UpdateLog) -> None:
+        """Say it once where a probe's loss was not finite.
+
+        To look is to wait for the device, so that it is done with the log, not every update.
+        """
+        finite = log.finite()
+        if finite is None or "delta_sam_finite" in self._warn_once:
+            return
+        self._finite_probes = (
+            finite if self._finite_probes is None else self._finite_probes & finite
+        )
+        if self.get_num_updates() % self.cfg.common.log_interval:
+            return
+        if not self._finite_probes:
             self._warn_once.add("delta_sam_finite")
             logger.warning(
                 "delta-SAM: the loss of a sentence is not finite at the probe; the weights of "
                 "such an update are uniform (plain SAM). Counted as delta_sam_uniform, warned once"
             )
-        return stats

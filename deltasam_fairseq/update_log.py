@@ -210,9 +210,9 @@ class UpdateLog:
         uniform = self.reweighting.uniform.double()
         metrics.log_scalar_sum("delta_sam_uniform", uniform, priority=25, round=0)
 
-    def finite(self) -> bool:
-        """Whether the guardedness of all sentences is finite; reads from the device."""
-        return self.reweighting is None or bool(self.reweighting.finite)
+    def finite(self) -> Optional[Tensor]:
+        """Whether the guardedness of all sentences is finite, 0-dim; None for SAM."""
+        return None if self.reweighting is None else self.reweighting.finite
 
 
 def without_ascent() -> None:

@@ -61,7 +61,7 @@ def guardedness_sums(a: Tensor) -> Tensor:
         shape (4,), float64. Under data parallelism the caller adds it up over all processes
         (one all-reduce) before `reweight`.
     """
-    count = a.new_tensor(float(a.numel()))
+    count = a.new_full((), a.numel())  # a copy from the host would wait for the device
     return torch.stack((a.abs().sum(), a.sum(), (a.abs() * a).sum(), count))
 
 

@@ -83,7 +83,7 @@ def fused_adam_(
     weight_decay: float,
 ) -> None:
     """One step in torch's fused kernel; arguments as of `foreach_adam_`."""
-    count = torch.tensor(float(step), device=params[0].device)
+    count = torch.full((), float(step), device=params[0].device)  # without a wait for it
     torch._fused_adamw_(
         params,
         grads,

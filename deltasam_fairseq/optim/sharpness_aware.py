@@ -148,7 +148,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if self.probe_radius is None and self.half_dtype is not None:
             radius = resolvable_radius(values, self.half_dtype)
         else:
-            radius = torch.tensor(
+            radius = torch.full(
+                (),
                 self.rho if self.probe_radius is None else self.probe_radius,
                 dtype=torch.float64,
                 device=values[0].device,
