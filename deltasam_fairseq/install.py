@@ -14,7 +14,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.registry import REGISTRIES
 
-from deltasam_fairseq import failures, launch
+from deltasam_fairseq import failures, launch, left_out
 from deltasam_fairseq.averaging_trainer import validates_average
 from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.lr_schedulers import SWAConfig, SWAScheduler
@@ -50,6 +50,7 @@ def _checked_defaults(add_defaults: Any) -> Any:
     def wrapper(cfg: Any) -> None:
         add_defaults(cfg)
         check_config(cfg)
+        left_out.warn(cfg)
 
     wrapper._deltasam = True  # type: ignore[attr-defined]
     return wrapper
