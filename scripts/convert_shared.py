@@ -14,25 +14,15 @@ from torch import Tensor
 from deltasam_fairseq.bpe import SPECIAL as BERT_SPECIAL
 
 Tensors = Dict[str, Tensor]
-
-
 MASK = "<mask>"
-
-
 HEAD = "sentence_classification_head"  # fairseq's default --classification-head-name
-
-
 ENCODER = "encoder.sentence_encoder."
-
-
 ACTIVATIONS = {  # Hugging Face -> fairseq
     "gelu": "gelu",
     "gelu_new": "gelu_accurate",
     "gelu_pytorch_tanh": "gelu_accurate",
     "relu": "relu",
 }
-
-
 # Modules of a layer with a weight and a bias each, fairseq -> Hugging Face.
 LAYER = {
     "self_attn.q_proj": "attention.self.query",
@@ -44,8 +34,6 @@ LAYER = {
     "fc2": "output.dense",
     "final_layer_norm": "output.LayerNorm",
 }
-
-
 TOKENIZER_FILES = (
     *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
     *("special_tokens_map.json", "added_tokens.json"),

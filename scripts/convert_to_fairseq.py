@@ -38,14 +38,11 @@ from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor
 
 OLD_NAMES = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}
-
-
 CONFIG = (  # what config.json must have
     *("vocab_size", "num_hidden_layers", "hidden_size", "intermediate_size"),
     *("num_attention_heads", "max_position_embeddings", "hidden_act", "hidden_dropout_prob"),
     *("attention_probs_dropout_prob", "type_vocab_size", "layer_norm_eps", "pad_token_id"),
 )
-
 
 ARCHITECTURES = [
     *("BertModel", "BertForMaskedLM", "BertForPreTraining", "BertForSequenceClassification"),
