@@ -120,6 +120,13 @@ def programs(classification, tmp_path_factory, user_dir):
                 *("+criterion.smart_lambda=3", "+criterion.smart_momentum=0.9"),
             ],
         ),
+        "hydra with a cheaper ascent": (
+            [script("fairseq-hydra-train")],
+            [
+                *hydra("hydra with a cheaper ascent", "sam_adam"),
+                *("+optimizer.sam_only=classification_heads", "+optimizer.sam_every=1"),
+            ],
+        ),
         "hydra with a legacy base": (
             [*PYTHON, "fairseq_cli.hydra_train"],
             hydra("hydra with a legacy base", "delta_sam_adafactor"),
@@ -133,7 +140,7 @@ def programs(classification, tmp_path_factory, user_dir):
 
 
 TRAINS = ["spawned", "fairseq-train", "module", "torchrun", "hydra", "hydra with a legacy base"]
-TRAINS += ["hydra with a criterion of ours"]
+TRAINS += ["hydra with a criterion of ours", "hydra with a cheaper ascent"]
 
 
 @pytest.mark.parametrize("name", TRAINS)
