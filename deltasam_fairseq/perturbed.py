@@ -24,6 +24,9 @@ class PerturbedWeights:
         modules: model and criterion, out of their wrappers.
         pattern: regular expression that is searched for in the names of their parameters; None
             for all weights.
+        recomputes: whether the model computes activations anew in the backward
+            (--checkpoint-activations). Such a part of a model gets no gradients at all where
+            nothing that enters it asks for one, so that no weight may be held still.
 
     Attributes:
         trained: all weights that the optimizer trains.
@@ -33,7 +36,9 @@ class PerturbedWeights:
         ValueError: if no name of a trained weight matches.
     """
 
-    def __init__(self, modules: Sequence[Module], pattern: Optional[str]) -> None:
+    def __init__(
+        self, modules: Sequence[Module], pattern: Optional[str], recomputes: bool = False
+    ) -> None:
         named = [
             (name, p)
             for module in modules
@@ -43,6 +48,7 @@ class PerturbedWeights:
         self.trained: List[Parameter] = list(dict.fromkeys(p for _, p in named))
         self.partial = pattern is not None
         self._pattern = pattern
+        self._recomputes = recomputes
         self._chosen: Dict[Parameter, None] = dict.fromkeys(
             p for name, p in named if pattern is None or re.search(pattern, name)
         )
@@ -63,12 +69,13 @@ class PerturbedWeights:
 
     @contextlib.contextmanager
     def alone(self) -> Iterator[None]:
-        """Within, a backward computes no gradients of other weights.
+        """Within, a backward computes no gradients of other weights, but where it has to.
 
         Raises:
             ValueError: if the loss depends on none of the weights that are perturbed.
         """
         others = [p for p in self.trained if p not in self._chosen and p.requires_grad]
+        others = [] if self._recomputes else others
         for p in others:
             p.requires_grad_(False)
         try:

@@ -56,7 +56,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         super()._build_optimizer()
         modules = (self.get_model(), self.get_criterion())
         sam = sharpness_aware(self._optimizer)
-        weights = PerturbedWeights(modules, None if sam is None else sam.only)
+        recomputes = getattr(self.cfg.model, "checkpoint_activations", False)
+        weights = PerturbedWeights(modules, None if sam is None else sam.only, recomputes)
         self._trained = weights.trained
         if sam is not None:
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))

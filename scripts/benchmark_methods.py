@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -35,7 +36,8 @@ PRECISIONS = {
 }
 TWO_FORWARDS = "delta-SAM, two forwards"
 OURS = {  # method -> options of fairseq-train
-    "Adam": "--optimizer adam",
+    "Adam": "--optimizer sam_adam --sam-rho 0",  # with the step that SAM's has
+    "Adam, fairseq": "--optimizer adam",
     "Adam, foreach": "--optimizer sam_adam --sam-rho 0 --adam-step foreach",
     "Adam, fused": "--optimizer sam_adam --sam-rho 0 --adam-step fused",
     "SAM": "--optimizer sam_adam",
@@ -65,10 +67,19 @@ class Setting(NamedTuple):
 
 
 class Built(NamedTuple):
-    """A method: its update, and the trainer that makes it or whose model it trains."""
+    """A method: its update, and the trainer that makes it or whose model it trains.
+
+    ``period`` updates are timed together where they are not all alike.
+    """
 
     update: Update
     trainer: Any
+    period: int = 1
+
+
+def autocast(trainer: Any) -> Any:
+    """Return the context that fairseq computes a loss in."""
+    return torch.autocast("cuda") if trainer.cfg.common.amp else contextlib.nullcontext()
 
 
 class NotHere(Exception):
@@ -145,7 +156,7 @@ def forwards_first(trainer: Any) -> Update:
     def update(samples: List[Sample]) -> None:
         if len(samples) == 1:
             sample, _ = trainer._prepare_sample(samples[0])
-            with torch.no_grad(), trainer._autocast():
+            with torch.no_grad(), autocast(trainer):
                 trainer.get_criterion()(trainer.get_model(), sample)
         trainer.train_step(samples)
 
@@ -199,10 +210,12 @@ def class_of_file(path: Optional[Path]) -> Any:
     if path is None:
         raise NotHere("give --davda54 FILE, the sam.py of github.com/davda54/sam")
     spec = importlib.util.spec_from_file_location("davda54_sam", path)
-    if spec is None or spec.loader is None:
+    if spec is None or spec.loader is None or not path.is_file():
         raise NotHere(f"--davda54 {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    if not hasattr(module, "SAM"):
+        raise NotHere(f"--davda54 {path}: has no class SAM")
     return module.SAM
 
 
@@ -246,7 +259,10 @@ def build(name: str, setting: Setting, davda54: Optional[Path] = None, before: A
     with tempfile.TemporaryDirectory() as folder:
         if name in PEERS:
             return peer(name, setting, Path(folder) / "data", davda54)
+        if "adam-step" in OURS[name] and setting.precision.startswith("memory-efficient"):
+            raise NotHere("weights that are not float32 take the loop")
         argv = arguments(setting, Path(folder) / "data")
         trainer = build_trainer([*argv, *OURS[name].split()], before)
     trainer.reset_dummy_batch(samples_of(setting, 1)[0])
-    return Built(forwards_first(trainer) if name == TWO_FORWARDS else trainer.train_step, trainer)
+    update = forwards_first(trainer) if name == TWO_FORWARDS else trainer.train_step
+    return Built(update, trainer, getattr(trainer.cfg.optimizer, "sam_every", 1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import statistics
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -62,8 +63,8 @@ def against_floor(result: Dict[str, Any]) -> str:
     clocks = ("wall", "cpu") if result["setting"]["device"] == "cpu" else ("wall",)
     lines = []
     for key in clocks:
-        ratio = sorted(a / b for a, b in zip(seconds["delta-SAM"][key], seconds["SAM"][key]))
-        measured, least = ratio[len(ratio) // 2], result["floor"][key]["delta-SAM / SAM"]
+        ratios = [a / b for a, b in zip(seconds["delta-SAM"][key], seconds["SAM"][key])]
+        measured, least = statistics.median(ratios), result["floor"][key]["delta-SAM / SAM"]
         clock = "wall" if key == "wall" else "processor time"
         lines.append([clock, f"{measured:.3f}", f"{least:.3f}", f"{measured / least:.3f}"])
     least = result["floor"][clocks[-1]]

@@ -28,7 +28,7 @@ from torch.nn import Parameter
 import deltasam_fairseq  # noqa: F401  registers and makes loading safe
 from deltasam_fairseq.algorithms import draw_direction_, guardedness, probe_generator
 from deltasam_fairseq.criterions import per_sentence_losses
-from deltasam_fairseq.optim import SharpnessAwareOptimizer
+from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SEED = 1
@@ -78,11 +78,8 @@ class Model:
         self.masters = masters if self.half else None
 
     def sam(self, rho: float, radius: Any = None) -> SharpnessAwareOptimizer:
-        namespace = argparse.Namespace(
-            sam_rho=rho, sam_adaptive=False, sam_eta=0.01, sam_start_update=0, sam_scope="global"
-        )
-        namespace.delta_sam_beta, namespace.delta_sam_probe_radius = 3.0, radius
-        optimizer = _Detached(namespace, self.params)
+        options = DeltaSAMConfig(sam_rho=rho, delta_sam_probe_radius=radius)
+        optimizer = _Detached(options, self.params)
         optimizer.compute_in(self.dtype, self.masters)
         return optimizer
 

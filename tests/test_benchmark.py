@@ -50,12 +50,15 @@ def test_report(tmp_path):
 def test_accumulation_and_half_precision(tmp_path):
     """A comparison for each; the peers have neither fp16 nor a say in it."""
     words = ["--update-freq", "1", "2", "--precision", "fp32", "memory-efficient-bf16"]
-    words += ["--methods", "Adam", "delta-SAM", "SAM, torch loop", "--rounds", "1"]
+    words += ["--methods", "Adam", "delta-SAM", "SAM, torch loop", "SAM, davda54", "Adam, fused"]
+    words += ["--davda54", str(tmp_path / "none.py"), "--rounds", "1"]
     run(tmp_path, *words, "--phase-rounds", "0", "--no-memory")
     results = json.loads((tmp_path / "benchmark.json").read_text())["results"]
     settings = [(r["setting"]["precision"], r["setting"]["update_freq"]) for r in results]
     assert settings == [(p, n) for p in ("fp32", "memory-efficient-bf16") for n in (1, 2)]
     assert "half precision" in results[2]["left_out"]["SAM, torch loop"]
+    assert "none.py: not a Python file" in results[0]["left_out"]["SAM, davda54"]
+    assert "take the loop" in results[2]["left_out"]["Adam, fused"]
     assert not results[0]["phases"] and not results[0]["memory"]
 
 
@@ -103,6 +106,7 @@ def test_two_processes(tmp_path):
     [
         (["--methods", "SAM, torch loop", "Adam"], "--methods SAM, torch loop"),
         (["--batch-size", "0"], "--batch-size"),
+        (["--phase-rounds", "-1"], "--phase-rounds"),
     ],
 )
 def test_wrong_options(tmp_path, words, message):
@@ -139,9 +143,25 @@ def test_floor_by_hand():
     """Forward 1, backward 2, no-grad forward 1: (2 x 3 + 1) / (2 x 3) = 7/6."""
     ratios = dict(zip(benchmark.PASSES, (1.0, 1.0, 3.0)))
     rows = {name: {"wall_ratio": ratio} for name, ratio in ratios.items()}
-    found = benchmark.floor(rows, "wall")
-    assert found["delta-SAM / SAM"] == pytest.approx(7 / 6)
-    assert found["backward / forward"] == 2
+    for precision, update_freq, forwards in (("fp32", 1, 1), ("fp16", 2, 2), ("bf16", 2, 3)):
+        setting = benchmark_methods.Setting("small", 4, 8, update_freq, precision, "cpu")
+        found = benchmark.floor(rows, setting, "wall")
+        assert found["delta-SAM / SAM"] == pytest.approx((6 + forwards) / 6)
+        assert found["backward / forward"] == 2
+
+
+def test_updates_that_are_not_alike_are_timed_together(monkeypatch):
+    """With --sam-every 2, one with and one without an ascent, 3 s and 1 s: 2 s an update."""
+    clock, made = [0.0], []
+
+    def update(samples):
+        made.append(samples)
+        clock[0] += 3 if len(made) % 2 else 1
+
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: clock[0])
+    assert benchmark.timed(update, 2, [], lambda: None)["wall"] == 2
+    setting = benchmark_methods.Setting("small", 2, 8, 1, "fp32", "cpu")
+    assert benchmark_methods.build("SAM, every 2nd", setting).period == 2
 
 
 def test_summary_by_hand():

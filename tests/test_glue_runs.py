@@ -195,8 +195,11 @@ class TestRunner:
             assert tuple(map(float, found.groups())) == (rho, beta), method
         more = ["--tasks", "CoLA", "--chosen", chosen]
         assert "lacks CoLA" in run(prepared, tmp_path / "out", *more, code=2)
-        chosen.write_text("{}")
-        assert "not a chosen.json" in run(prepared, tmp_path / "out", "--chosen", chosen, code=2)
+        rho = {"sam_rho": 0.02}
+        for wrong in ({}, rho, {**rho, "delta_sam_beta": "x"}, {**rho, "delta_sam_beta": -1}, 0.5):
+            chosen.write_text(json.dumps({"chosen": {"RTE": wrong}}))
+            text = run(prepared, tmp_path / "out", "--chosen", chosen, "--list", code=2)
+            assert "not a chosen.json" in text
 
     @pytest.mark.parametrize(
         "options, expected",

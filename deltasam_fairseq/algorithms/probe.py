@@ -1,7 +1,7 @@
 """The random direction of Eq. 3, the same on every process without being sent."""
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import List
+from typing import Iterator, List, Sequence
 
 import torch
 from torch import Tensor
@@ -70,16 +70,36 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
         ``||u||_2``, 0-dim float64.
     """
     if out and out[0].device.type == "cpu":
-        _draw_in_pieces_(out, generator)
+        _draw_pieces_([piece for u in out for piece in _pieces(u)], generator)
     else:
         for u in out:
             u.normal_(generator=generator)
     return global_norm(out)
 
 
-def _draw_in_pieces_(out: List[Tensor], generator: torch.Generator) -> None:
-    pieces = [piece for u in out for piece in u.view(-1).split(PIECE)]
-    seeds = torch.randint(_MASK >> 1, (len(pieces),), generator=generator).tolist()
+def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
+    """Yield the same ``u`` in float32, a tensor at a time.
+
+    Args:
+        like: tensors of the shapes, on the device.
+        generator: see `probe_generator`.
+    """
+    for v in like:
+        u = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
+        if u.device.type == "cpu":
+            _draw_pieces_(_pieces(u), generator)
+        else:
+            u.normal_(generator=generator)
+        yield u
+
+
+def _pieces(u: Tensor) -> List[Tensor]:
+    return list(u.view(-1).split(PIECE))
+
+
+def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator) -> None:
+    # One at a time: how many are asked for at once must not change the numbers.
+    seeds = [int(torch.randint(_MASK >> 1, (), generator=generator)) for _ in pieces]
 
     def draw(piece: Tensor, seed: int) -> None:
         piece.normal_(generator=torch.Generator().manual_seed(seed))

@@ -7,6 +7,7 @@ fairseq adds eps before the correction of the bias, torch's Adam after it: torch
 ``eps / sqrt(1 - beta2^t)`` is the same.
 """
 
+import logging
 import math
 from collections import defaultdict
 from dataclasses import dataclass, field
@@ -16,6 +17,8 @@ import torch
 from fairseq.dataclass import ChoiceEnum
 from fairseq.optim.adam import Adam
 from torch import Tensor
+
+logger = logging.getLogger(__name__)
 
 IMPLEMENTATIONS = ("auto", "loop", "foreach", "fused")
 # Elements of the tensors that one call works on: bounds the memory of its intermediate results.
@@ -29,10 +32,11 @@ class AdamStepConfig:
     adam_step: ChoiceEnum(IMPLEMENTATIONS) = field(  # type: ignore[valid-type]
         default="auto",
         metadata={
-            "help": "how Adam's step is computed: loop, fairseq's own, one tensor after the other; "
-            "foreach, many tensors in one call; fused, all in one kernel, equal to rounding "
-            "(torch 2.4 for CPUs, 2.0 for GPUs). auto (default): apex where fairseq finds it, else "
-            "foreach on GPUs, loop on CPUs, where foreach gains nothing"
+            "help": "how Adam's step is computed: loop, as fairseq does it (one tensor after the "
+            "other, or apex where it finds that); foreach, many tensors in one call; fused, all in "
+            "one kernel, equal to rounding (torch 2.4 for CPUs, 2.0 for GPUs). auto (default): "
+            "foreach on GPUs without apex, else loop; on CPUs foreach gains nothing. Weights that "
+            "are not float32 take the loop"
         },
     )
 
@@ -130,6 +134,7 @@ class MultiTensorAdam(Adam):
     def __init__(self, params: Any, implementation: str, **config: Any) -> None:
         super().__init__(params, **config)
         self._fused = implementation == "fused"
+        self._says_loop = False
         if self._fused:
             _require_fused(self.param_groups[0]["params"][0].device)
 
@@ -137,6 +142,9 @@ class MultiTensorAdam(Adam):
         """One step; the argument and the result are fairseq's."""
         with_grad = [p for g in self.param_groups for p in g["params"] if p.grad is not None]
         if any(p.dtype != torch.float32 or p.grad.is_sparse for p in with_grad):
+            if not self._says_loop:
+                logger.info("--adam-step: not all weights are float32; fairseq's loop is taken")
+                self._says_loop = True
             return super().step(closure)
         loss = None if closure is None else closure()
         update = fused_adam_ if self._fused else foreach_adam_
@@ -192,11 +200,19 @@ def choose_step(base: Any, implementation: str) -> None:
     Args:
         base: fairseq's FairseqAdam, just built.
         implementation: of `IMPLEMENTATIONS`.
+
+    Raises:
+        ValueError: it cannot be had here.
     """
     own = base.optimizer
     device = own.param_groups[0]["params"][0].device
     if implementation == "auto":
         implementation = "foreach" if type(own) is Adam and device.type == "cuda" else "loop"
     if implementation != "loop":
+        if getattr(base.cfg, "fp16_adam_stats", False):
+            raise ValueError(
+                f"--adam-step {implementation}: cannot keep --fp16-adam-stats, which is apex's; "
+                "drop one of them"
+            )
         groups = [dict(group) for group in own.param_groups]
         base._optimizer = MultiTensorAdam(groups, implementation, **base.optimizer_config)

@@ -13,6 +13,7 @@ from deltasam_fairseq.algorithms import (
     ROUNDING,
     Ascent,
     asam_ascent_,
+    directions,
     draw_direction_,
     move_along_,
     probe_generator,
@@ -164,7 +165,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             # Half precision cannot hold u itself. It is drawn a weight at a time, and its norm
             # is that of d standard normal numbers, sqrt(d) but for a share of 1 / sqrt(2 d).
             d = sum(v.numel() for v in out)
-            u = (torch.empty_like(v, dtype=torch.float32).normal_(generator=generator) for v in out)
+            u = directions(out, generator)
             move_along_(out, values, u, sign * radius / d**0.5)
 
         with torch.autograd.profiler.record_function("sam-perturb"):

@@ -217,8 +217,12 @@ def read_chosen(paths: Sequence[Path], tasks: Sequence[str]) -> Dict[str, Dict[s
     chosen: Dict[str, Dict[str, float]] = {}
     for path in paths:
         try:
-            chosen.update(json.loads(path.read_text(encoding="utf-8"))["chosen"])
-        except (OSError, ValueError, KeyError, TypeError) as error:
+            found = json.loads(path.read_text(encoding="utf-8"))["chosen"]
+            for task, values in found.items():
+                chosen[task] = {o: float(values[o]) for o in HYPERPARAMETERS["delta_sam"]}
+                if not all(0 < value < float("inf") for value in chosen[task].values()):
+                    raise ValueError(f"{task}: {values} are not all above 0")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"--chosen {path}: not a chosen.json of search.py ({error!r})"
             ) from error

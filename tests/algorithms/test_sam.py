@@ -101,6 +101,16 @@ def test_direction_does_not_depend_on_the_number_of_threads(monkeypatch):
     assert len(torch.cat([o.flatten() for o in first]).unique()) == 381
 
 
+def test_direction_is_the_same_a_tensor_at_a_time(monkeypatch):
+    """As half precision draws it."""
+    monkeypatch.setattr(probe, "PIECE", 64)
+    out = [torch.empty(300), torch.empty(5, 16), torch.empty(())]
+    draw_direction_(out, probe_generator(1, 0, torch.device("cpu")))
+    halves = [u.half() for u in out]
+    for u, v in zip(out, probe.directions(halves, probe_generator(1, 0, torch.device("cpu")))):
+        assert v.dtype == torch.float32 and torch.equal(u, v)
+
+
 def test_direction_is_not_that_of_the_dropout_seed():
     """fairseq seeds dropout with seed + update: the same integer must not seed the probe."""
     out = [torch.empty(100)]

@@ -53,6 +53,7 @@ def test_options_of_the_base_are_there(tmp_path, monkeypatch, base, wrapper):
     assert plain.keys() <= found.keys()
     fields = dataclasses.fields(SAMConfig if wrapper == "sam" else DeltaSAMConfig)
     own = {"--" + f.name.replace("_", "-") for f in fields if f.name != "_name"}
+    own |= {"--adam-step"} if base == "adam" else set()
     assert {"--sam-rho", "--sam-adaptive", "--sam-start-update"} <= own
     assert ("--delta-sam-beta" in own) == (wrapper == "delta_sam")
     assert shown(parser) == shown(base_parser) | own
