@@ -7,6 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+# Temperature above which `softened_kl` computes in float64.
+_WARM = 10.0
+
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
     """Kullback-Leibler divergence of two categorical distributions, ``KL(p || q)``.
@@ -55,8 +58,10 @@ def softened_kl(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
     Returns:
         shape (...), in nats, at least 0 but for rounding.
     """
-    p, q = (F.log_softmax(log_probs / temperature, dim=-1) for log_probs in (log_p, log_q))
-    return temperature**2 * kl(p, q)
+    # The divergence of nearly uniform distributions is below the rounding of float32.
+    dtype = torch.float64 if temperature > _WARM else log_q.dtype
+    p, q = (F.log_softmax(x.to(dtype) / temperature, dim=-1) for x in (log_p, log_q))
+    return (temperature**2 * kl(p, q)).to(log_q.dtype)
 
 
 def squared_difference(p: Tensor, q: Tensor) -> Tensor:

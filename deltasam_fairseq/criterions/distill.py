@@ -56,6 +56,7 @@ class DistillOptions:
         "temperature T that both outputs are softened by, mostly from 1 to 10; without effect in "
         "regression",
         above=0,
+        at_most=1000,  # the limit of large T is reached long before
     )
 
 

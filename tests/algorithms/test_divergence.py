@@ -30,6 +30,14 @@ def test_softened_kl():
     assert softened_kl(Q, Q, 3.0).item() == 0
 
 
+def test_softened_kl_at_large_temperatures():
+    """Half the squared difference of centred logits over C: (0, 2) and (0, 0) give 0.5 1/2."""
+    z = torch.tensor([[0.0, 2.0]])
+    log_p, log_q = z.log_softmax(-1), torch.zeros(1, 2).log_softmax(-1)
+    for temperature in (300.0, 1000.0):
+        assert softened_kl(log_p, log_q, temperature).item() == pytest.approx(0.5, rel=1e-4)
+
+
 def test_gradient_of_softened_kl():
     """``T (q_T - p_T)`` with respect to the logits of q, here T = 2."""
     logits = Q.clone().requires_grad_()

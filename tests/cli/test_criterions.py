@@ -56,6 +56,7 @@ ERRORS = {
         "--distill-teacher /no/such.pt",
         ["--distill-teacher /no/such.pt", "does not exist", "full one"],
     ),
+    "temperature": ("distill", "--distill-temperature 1e4", ["temperature 1", "at most 1000"]),
     "no temperature": ("distill", "--distill-temperature 0", ["temperature 0", "above 0"]),
     "more than all": ("distill", "--distill-lambda 1.5", ["--distill-lambda 1.5", "at most 1"]),
     "negative share": ("distill", "--distill-lambda -1", ["--distill-lambda -1", "at least 0"]),
