@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -409,6 +410,48 @@ def test_a_cut_run_leaves_whole_splits_only(bpes, tmp_path, monkeypatch):
     done.clear()
     prepare(*words)  # finishes: train is not made again
     assert done == ["valid"]
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_splits_that_are_not_asked_for_stay(bpes, tmp_path):
+    """Wherever the files of the BPE are; with other options or another BPE they would not fit."""
+    train = write(tmp_path / "train.json", squad(gold("tea")))
+    out = tmp_path / "bin"
+    prepare(bpes, "gpt2", out, "--train", train, "--valid", train, *SMALL)
+    before = state(out)
+    options, dictionary = bpes["gpt2"]
+    moved = {"gpt2": (options, shutil.copy(dictionary, str(tmp_path / "moved.txt")))}
+    prepare(moved, "gpt2", out, "--test", train, *SMALL)
+    after = state(out)
+    assert list(json.loads(after["task.json"])["splits"]) == ["train", "valid", "test"]
+    assert all(after[name] == before[name] for name in before if name != "task.json")
+    for kind, options, key in (
+        ("gpt2", ["--max-seq-length", "47"], "max_seq_length"),
+        ("sentencepiece", [], "bpe"),
+    ):
+        with pytest.raises(SquadError, match=f"has train, valid, made with another {key}: .*--out"):
+            prepare(bpes, kind, out, "--test", train, *SMALL, *options)
+    assert state(out) == after
+
+
+def test_an_error_leaves_the_folder_as_it_was(bpes, tmp_path):
+    """Also one that the BPE or the dict.txt shows, and in the last of the files."""
+    train = write(tmp_path / "train.json", squad(gold("tea")))
+    valid = write(tmp_path / "valid.json", squad(gold("tea")))
+    words = ("gpt2", tmp_path / "bin", "--train", train, "--valid", valid)
+    prepare(bpes, *words)
+    before = state(tmp_path / "bin")
+    mixed = {"gpt2": (bpes["gpt2"][0], bpes["sentencepiece"][1])}
+    with pytest.raises(SquadError, match="tokens are not in --dict"):
+        prepare(mixed, *words)
+    write(train, squad(gold("1889")))
+    write(valid, squad(IMPOSSIBLE, context=""))
+    with pytest.raises(SquadError, match="valid.json, question q0: its context is empty"):
+        prepare(bpes, *words)
+    assert state(tmp_path / "bin") == before
 
 
 def test_workers_give_the_same(bpes, tmp_path):
