@@ -14,12 +14,14 @@ from __future__ import annotations
 import argparse
 import importlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
 import torch
 from binarize import write_whole
+from encoding_options import positive
 from fairseq import checkpoint_utils, utils
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -27,6 +29,10 @@ sys.path.append(str(ROOT))  # for a plugin that is not installed
 
 importlib.import_module("deltasam_fairseq")  # registers the task, before a checkpoint names it
 
+from deltasam_fairseq.checkpoints import (  # noqa: E402
+    CheckpointDamagedError,
+    CheckpointRefusedError,
+)
 from deltasam_fairseq.criterions.answers import judged  # noqa: E402
 from deltasam_fairseq.criterions.spans import Candidate  # noqa: E402
 from deltasam_fairseq.tasks.questions import read_record  # noqa: E402
@@ -60,14 +66,29 @@ def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
     """Compare the data that a checkpoint was trained on with the data to predict.
 
     Raises:
-        PredictionError: it is of another task or encoding, as far as it can be known.
+        PredictionError: it cannot be read, has too few positions, or is of another task or
+            encoding, as far as it can be known.
     """
     if not path.is_file():
         raise PredictionError(f"--path {path}: no such file")
-    options = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"] or {}
+    try:
+        options = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"] or {}
+    except (CheckpointDamagedError, CheckpointRefusedError) as error:
+        raise PredictionError(f"--path: {error}") from error  # names the file itself
+    except (AttributeError, KeyError, TypeError) as error:  # of fairseq's, which expects its own
+        raise PredictionError(
+            f"--path {path}: no checkpoint of fairseq ({type(error).__name__}: {error}); give one "
+            "that fairseq-train has written"
+        ) from error
     name = options.get("_name")
     if name != TASK:
         raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
+    positions, longest = options["max_positions"], record["max_seq_length"]
+    if longest > positions:
+        raise PredictionError(
+            f"--path {path}: the model has --max-positions {positions}, the windows of the data "
+            f"have up to {longest} tokens; prepare them with --max-seq-length {positions}"
+        )
     origin = Path(options.get("data") or "")
     if not (origin / "task.json").is_file():
         return
@@ -126,6 +147,14 @@ def write(args: argparse.Namespace, entry: Dict[str, Any], task: Any, found: Dic
     print(f"{args.out / 'predictions.json'}: {len(answers)} answers")
 
 
+def threshold(text: str) -> float:
+    """Return a number for argparse; infinite ones answer all questions, or none."""
+    number = float(text)
+    if math.isnan(number):
+        raise ValueError
+    return number
+
+
 def main() -> int:
     """Answer the questions of a split; return the exit code."""
     parser = argparse.ArgumentParser(
@@ -136,9 +165,9 @@ def main() -> int:
     add("--split", default="valid", help="of the data: valid, test, ... (default: valid)")
     add("--path", type=Path, nargs="+", required=True, help="fine-tuned checkpoints")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--batch-size", type=int, default=32, help="windows at a time (default: 32)")
-    add("--max-answer-length", type=int, help="in tokens (default: as in training)")
-    add("--null-threshold", type=float, help="odds of 'no answer' (default: as in training)")
+    add("--batch-size", type=positive(int), default=32, help="windows at a time (default: 32)")
+    add("--max-answer-length", type=positive(int), help="in tokens (default: as in training)")
+    add("--null-threshold", type=threshold, help="odds of 'no answer' (default: as in training)")
     args = parser.parse_args()
     try:
         entry = check(args)

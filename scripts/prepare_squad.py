@@ -10,6 +10,7 @@ and test, the windows, where answers and contexts are in them, which characters 
 stands for, the contexts and the gold answers.
 
 What is finished is skipped when the command is run again, unless its file or options have changed.
+Splits that the command does not name stay as they are.
 --dict and the files of the BPE may be URLs.  One that ends in #sha256=HEX is checked.
 """
 

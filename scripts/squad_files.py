@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple, Type, TypeVar
 
 from glue_tasks import NOT_DATA, GlueError
 
@@ -16,6 +16,8 @@ OFFICIAL = {
     "train-v2.0.json": 130319,
     "dev-v2.0.json": 11873,
 }
+JSON_TYPES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
+T = TypeVar("T")
 
 
 class SquadError(GlueError):
@@ -74,11 +76,36 @@ def read_json(path: Path) -> Any:
         ) from error
 
 
+def value(entry: Dict[str, Any], key: str, kind: Type[T], place: str) -> T:
+    """Return ``entry[key]``, which is of that type: nothing is taken for what it is not.
+
+    Args:
+        place: where the entry stands, for errors.
+
+    Raises:
+        KeyError: it is not there.
+        SquadError: it is of another type, or a string with half of a surrogate pair.
+    """
+    found = entry[key]
+    if type(found) is not kind:  # true is an int to isinstance
+        raise SquadError(f"{place}: {key} is {json.dumps(found):.40}, not {JSON_TYPES[kind]}")
+    if isinstance(found, str):
+        try:
+            found.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise SquadError(
+                f"{place}: {key} has half of a surrogate pair, {ascii(found[error.start])}, at "
+                f"character {error.start}, which is no text; was a text cut between the two?"
+            ) from error
+    return found
+
+
 def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squad:
     """Read a file of SQuAD's layout.
 
     Args:
-        labelled: whether answers are needed; without, they are read if all questions have some.
+        labelled: whether answers are needed; without, they are read if all questions have some, or
+            say that there is none (``is_impossible``).
         any_rows: take an official file that lacks questions, and leave out answers that are not
             where the file says.
 
@@ -88,20 +115,25 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
     content = read_json(path)
     contexts: List[str] = []
     found: List[Tuple[int, Dict[str, Any]]] = []
+    ids, texts = [], []
     try:
-        for article in content["data"]:
-            for paragraph in article["paragraphs"]:
-                found += [(len(contexts), entry) for entry in paragraph["qas"]]
-                contexts.append(str(paragraph["context"]))
-        ids = [str(entry["id"]) for _, entry in found]
-        texts = [str(entry["question"]) for _, entry in found]
+        for i, article in enumerate(content["data"]):
+            for j, paragraph in enumerate(article["paragraphs"]):
+                place = f"{path}, data[{i}].paragraphs[{j}]"
+                for k, entry in enumerate(paragraph["qas"]):
+                    ids.append(value(entry, "id", str, f"{place}.qas[{k}]"))
+                    texts.append(value(entry, "question", str, f"{path}, question {ids[-1]}"))
+                    if "is_impossible" in entry:
+                        value(entry, "is_impossible", bool, f"{path}, question {ids[-1]}")
+                    found.append((len(contexts), entry))
+                contexts.append(value(paragraph, "context", str, place))
     except (KeyError, TypeError, IndexError) as error:
         raise SquadError(
             f"{path} has not SQuAD's layout ({type(error).__name__}: {error}): data, paragraphs, "
             "context, qas, id, question"
         ) from error
     _check_questions(path, ids, any_rows)
-    labelled = labelled or all("answers" in entry for _, entry in found)
+    labelled = labelled or all(e.get("answers") or e.get("is_impossible") for _, e in found)
     version_2 = str(content.get("version", "")).lstrip("v").startswith("2")
     version_2 = version_2 or any(entry.get("is_impossible") for _, entry in found)
     questions, left_out = [], 0
@@ -127,9 +159,11 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
 
 
 def _check_questions(path: Path, ids: Sequence[str], any_rows: bool) -> None:
-    if len(set(ids)) < len(ids):
-        twice = next(name for i, name in enumerate(ids) if name in ids[:i])
-        raise SquadError(f"{path}: two questions have the id {twice}; give each its own")
+    seen: Set[str] = set()
+    for name in ids:
+        if name in seen:
+            raise SquadError(f"{path}: two questions have the id {name}; give each its own")
+        seen.add(name)
     official = OFFICIAL.get(path.name, len(ids))
     if len(ids) != official and not any_rows:
         raise SquadError(
@@ -139,9 +173,13 @@ def _check_questions(path: Path, ids: Sequence[str], any_rows: bool) -> None:
 
 
 def _answers(path: Path, name: str, entry: Dict[str, Any], version_2: bool) -> List[Answer]:
+    place = f"{path}, question {name}"
     try:
-        answers = [Answer(str(a["text"]), int(a["answer_start"])) for a in entry["answers"]]
-    except (KeyError, TypeError, ValueError) as error:
+        answers = [
+            Answer(value(a, "text", str, place), value(a, "answer_start", int, place))
+            for a in value(entry, "answers", list, place)
+        ]
+    except (KeyError, TypeError) as error:
         raise SquadError(
             f"{path}, question {name}: no answers with text and answer_start ({error}); a file "
             "without answers can be given to --test only"

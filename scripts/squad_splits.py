@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import numpy as np
-from binarize import Encoding, Map, in_chunks, tools, write_items, write_whole
+from binarize import Dictionary, Encoding, Map, in_chunks, tools, write_items, write_whole
 from glue_cache import sha256
 from glue_splits import RECORD, read_record
 from offsets import Encoded, encode
@@ -33,10 +33,6 @@ class Split(NamedTuple):
     layout: Layout
     any_rows: bool
     fingerprint: str  # of all that the result depends on
-
-    def read(self) -> Squad:
-        """Read its file; answers are needed in all but test."""
-        return read_squad(self.source, self.name != "test", self.any_rows)
 
 
 def split_of(
@@ -67,19 +63,38 @@ def answer_tokens(question: Question, context: Encoded) -> Optional[Tuple[int, i
     return (first, last) if first <= last else None
 
 
-def write_split(split: Split, squad: Squad, encoding: Encoding, run: Map) -> Dict[str, Any]:
-    """Encode and write one split; return what task.json says of it."""
-    dictionary = tools(encoding)[1]
+class Content(NamedTuple):
+    """What a split's file holds, and the tokens of its contexts and of its questions."""
+
+    squad: Squad
+    contexts: List[Encoded]
+    texts: List[Encoded]
+
+
+def read_split(split: Split, encoding: Encoding, run: Map) -> Content:
+    """Read and encode one split; answers are needed in all but test.
+
+    Raises:
+        SquadError: the file is not what it should be, or does not go with the BPE and dict.txt.
+    """
+    squad = read_squad(split.source, split.name != "test", split.any_rows)
     work = functools.partial(encode, encoding)
     contexts: List[Encoded] = in_chunks(work, squad.contexts, run)
     texts: List[Encoded] = in_chunks(work, [question.text for question in squad.questions], run)
     _check_known(split, encoding, [*contexts, *texts])
+    for question in squad.questions:
+        if not len(contexts[question.context].tokens):
+            raise SquadError(f"{split.source}, question {question.id}: its context is empty")
+    return Content(squad, contexts, texts)
+
+
+def write_split(split: Split, content: Content, dictionary: Dictionary) -> Dict[str, Any]:
+    """Write one split; return what task.json says of it."""
+    squad, contexts, texts = content
     windows: List[Window] = []
     numbers: List[int] = []
     for i, (question, text) in enumerate(zip(squad.questions, texts)):
         context = contexts[question.context]
-        if not len(context.tokens):
-            raise SquadError(f"{split.source}, question {question.id}: its context is empty")
         found = split.layout.windows(
             text.tokens,
             context.tokens,
@@ -100,12 +115,12 @@ def write_split(split: Split, squad: Squad, encoding: Encoding, run: Map) -> Dic
     offsets = (context.offsets.reshape(-1) for context in contexts)
     write_items(offsets, INTEGERS, Path(f"{prefix}.offsets"))
     write_whole(Path(f"{prefix}.windows.npy"), table.getvalue())
-    content = {
+    questions = {
         "version_2": squad.version_2,
         "contexts": squad.contexts,
         "questions": [[q.id, q.context, [a.text for a in q.answers]] for q in squad.questions],
     }
-    write_whole(Path(f"{prefix}.json"), json.dumps(content))
+    write_whole(Path(f"{prefix}.json"), json.dumps(questions))
     return {
         "file": split.source.name,
         "questions": len(squad.questions),
@@ -128,25 +143,9 @@ def _check_known(split: Split, encoding: Encoding, texts: List[Encoded]) -> None
         )
 
 
-def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, run: Map) -> None:
-    """Write the splits that are not finished, after reading the files of all of them.
-
-    A split is entered in task.json when its files are there as a whole, and what belonged to an
-    older one is removed first: a run that was cut leaves finished splits and no others.
-
-    Raises:
-        SquadError: a file is not what it should be; nothing has been written then.
-    """
-    out, layout = splits[0].out, splits[0].layout
-    old = read_record(out)
-    finished = {split.name: old[split.name] for split in splits if is_finished(split)}
-    waiting = {split.name: split.read() for split in splits if split.name not in finished}
-    for stale in {*old, *(split.name for split in splits)} - set(finished):
-        for ending in ENDINGS:
-            path = out / f"{stale}.{ending}"
-            if path.is_file():
-                path.unlink()
-    description = {
+def describe(layout: Layout, bpe: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what task.json says of all splits together."""
+    return {
         "version": VERSION,
         "task": "span_prediction",
         "max_seq_length": layout.length,
@@ -154,22 +153,75 @@ def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, r
         "max_query_length": layout.query,
         "separators": layout.separators,
         "bpe": bpe,
-        "splits": finished,
     }
 
+
+def others(splits: List[Split], description: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what task.json says of the splits that are in the folder but not asked for.
+
+    Raises:
+        SquadError: they were made with other options or another BPE; one folder has one of each.
+    """
+    out, names = splits[0].out, {split.name for split in splits}
+    found = {name: entry for name, entry in read_record(out).items() if name not in names}
+    if not found:
+        return {}
+    old = json.loads((out / RECORD).read_text(encoding="utf-8"))
+    for key, value in description.items():
+        if _without_paths(old.get(key)) != _without_paths(value):
+            files = " ".join(f"--{name} JSON" for name in found)
+            raise SquadError(
+                f"--out {out} also has {', '.join(found)}, made with another {key}: make them anew "
+                f"by giving {files} too, or give another --out"
+            )
+    return found
+
+
+def _without_paths(value: Any) -> Any:
+    """The same for the files of a BPE wherever they are."""
+    if not isinstance(value, dict):
+        return value
+    return value["name"], value["sha256"], value["options"].get("wordpiece_cased", False)
+
+
+def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, run: Map) -> None:
+    """Write the splits that are not finished, after reading and encoding all of them.
+
+    A split is entered in task.json when its files are there as a whole, and what belonged to an
+    older one is removed first: a run that was cut leaves finished splits and no others. Splits of
+    the folder that are not asked for stay.
+
+    Raises:
+        SquadError: a file is not what it should be, or the folder has splits that do not go with
+            these; nothing has been written then.
+    """
+    out = splits[0].out
+    description = describe(splits[0].layout, bpe)
+    old = read_record(out)
+    there = others(splits, description)
+    there.update({split.name: old[split.name] for split in splits if is_finished(split)})
+    waiting = {
+        split.name: read_split(split, encoding, run) for split in splits if split.name not in there
+    }
+    for name in waiting:
+        for ending in ENDINGS:
+            path = out / f"{name}.{ending}"
+            if path.is_file():
+                path.unlink()
+
     def save_record() -> None:
-        write_whole(out / RECORD, json.dumps(description, indent=1) + "\n")
+        write_whole(out / RECORD, json.dumps({**description, "splits": there}, indent=1) + "\n")
 
     save_record()
     write_whole(out / "dict.txt", Path(encoding.dictionary).read_bytes())
     for split in splits:
-        if split.name in finished:
+        if split.name not in waiting:
             print(f"{split.name}: already there, {out}")
             continue
-        squad = waiting.pop(split.name)
-        entry = write_split(split, squad, encoding, run)
-        finished[split.name] = entry
+        content = waiting.pop(split.name)
+        entry = there[split.name] = write_split(split, content, tools(encoding)[1])
         save_record()
-        dropped = f", {squad.left_out} misplaced answers left out" if squad.left_out else ""
+        left_out = content.squad.left_out
+        dropped = f", {left_out} misplaced answers left out" if left_out else ""
         counts = f"{entry['questions']} questions, {entry['windows']} windows{dropped}"
         print(f"{split.name}: {counts} -> {out}", flush=True)

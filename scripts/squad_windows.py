@@ -30,16 +30,19 @@ def own_ranges(ranges: Sequence[Range]) -> List[Range]:
 
     Source: Devlin et al. 2019, the function _check_is_max_context of their run_squad.py.
     """
-    at = np.arange(ranges[-1][1])
-    scores = np.full((len(ranges), len(at)), -np.inf)
-    for row, (begin, end) in zip(scores, ranges):
-        inside = at[begin:end]
-        row[begin:end] = np.minimum(inside - begin, end - 1 - inside) + 0.01 * (end - begin)
-    best = scores.argmax(axis=0)
+    best = np.full(ranges[-1][1], -np.inf)
+    owner = np.zeros(len(best), dtype=np.int64)
+    for i, (begin, end) in enumerate(ranges):
+        inside = np.arange(end - begin)
+        scores = np.minimum(inside, inside[::-1]) + 0.01 * (end - begin)
+        better = scores > best[begin:end]
+        best[begin:end][better] = scores[better]
+        owner[begin:end][better] = i
     own = []
-    for i, (begin, _) in enumerate(ranges):
-        (mine,) = np.nonzero(best == i)
-        own.append((int(mine[0]), int(mine[-1]) + 1) if len(mine) else (begin, begin))
+    for i, (begin, end) in enumerate(ranges):
+        (mine,) = np.nonzero(owner[begin:end] == i)
+        first, last = (int(mine[0]), int(mine[-1])) if len(mine) else (0, -1)
+        own.append((begin + first, begin + last + 1))
     return own
 
 

@@ -132,6 +132,47 @@ def test_errors(span_prediction, classification, trained, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+def test_checkpoints_that_are_none(span_prediction, trained, tmp_path):
+    common = ("--data", span_prediction, "--out", tmp_path / "out")
+    for name, content in (("garbage", b"no checkpoint"), ("cut", trained[0].read_bytes()[:2000])):
+        path = tmp_path / f"{name}.pt"
+        path.write_bytes(content)
+        message = predict(*common, "--path", trained[0], path, code=2)
+        assert f"predict_squad.py: --path: {path}" in message and "Traceback" not in message
+    path = tmp_path / "weights.pt"
+    torch.save({"weight": torch.zeros(1)}, path)
+    message = predict(*common, "--path", path, code=2)
+    assert f"--path {path}: no checkpoint of fairseq" in message and "Traceback" not in message
+
+
+def test_windows_that_are_too_long(span_prediction, trained, tmp_path):
+    data = Path(shutil.copytree(str(span_prediction), str(tmp_path / "data")))
+    record = json.loads((data / "task.json").read_text())
+    (data / "task.json").write_text(json.dumps({**record, "max_seq_length": 1000}))
+    common = ("--data", data, "--path", trained[0], "--out", tmp_path / "out")
+    message = predict(*common, code=2)
+    assert "--max-positions" in message and "up to 1000 tokens" in message
+    assert "--max-seq-length" in message and "Traceback" not in message
+
+
+@pytest.mark.parametrize(
+    "option, values",
+    [
+        ("--batch-size", ("0", "-1")),
+        ("--max-answer-length", ("0", "-3")),
+        ("--null-threshold", ("nan",)),
+    ],
+)
+def test_wrong_numbers(option, values, tmp_path):
+    for value in values:
+        message = predict(
+            *("--data", tmp_path, "--path", "x.pt", "--out", tmp_path / "out"),
+            f"{option}={value}",
+            code=2,
+        )
+        assert f"argument {option}: invalid" in message and value in message
+
+
 @pytest.fixture(autouse=True)
 def plugin_on_the_path(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ SCRIPTS = Path(__file__).parents[1] / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
 import prepare_squad  # noqa: E402
+import squad_files  # noqa: E402
 import squad_splits  # noqa: E402
 from binarize import Encoding  # noqa: E402
 from glue_tasks import GlueError  # noqa: E402
@@ -150,6 +152,13 @@ def test_own_ranges_by_hand():
     assert own_ranges([(0, 5), (2, 6)]) == [(0, 4), (4, 6)]
 
 
+def test_own_ranges_of_a_long_context_need_no_table_of_windows_by_tokens():
+    """Windows of 5 tokens, one token apart: each owns its middle one. A table has 320 GB."""
+    own = own_ranges(window_ranges(200_000, room=5, stride=1))
+    assert own[:2] == [(0, 3), (3, 4)] and own[-1] == (199_997, 200_000)
+    assert sum(end - begin for begin, end in own) == 200_000
+
+
 @pytest.mark.parametrize("length", [1, 7, 20, 61])
 @pytest.mark.parametrize("room, stride", [(10, 3), (10, 10), (5, 1)])
 def test_windows_cover_all_and_every_token_has_one_window(length, room, stride):
@@ -228,6 +237,76 @@ def test_broken_files_are_named(content, message, tmp_path):
     path.write_bytes(content)
     with pytest.raises(SquadError, match=f"train.json.*{message}"):
         read_squad(path)
+
+
+SURROGATE = "caf\xe9 \ud83d cut"
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (
+            squad(gold("tea"), context=None),
+            r"data\[0\].paragraphs\[0\]: context is null",
+        ),
+        (squad({**gold("tea"), "question": None}), "question q0: question is null, not a string"),
+        (squad({**gold("tea"), "id": 7}), r"paragraphs\[0\].qas\[0\]: id is 7, not a string"),
+        (
+            squad(gold("tea"), {**gold("tea"), "is_impossible": "false"}),
+            'question q1: is_impossible is "false", not true or false',
+        ),
+        (squad({"answers": {"text": "tea"}}), "question q0: answers is {.*, not a list"),
+        (
+            squad({"answers": [{"text": None, "answer_start": 0}]}),
+            "question q0: text is null, not a string",
+        ),
+        (
+            squad({"answers": [{"text": "tea", "answer_start": "3"}]}),
+            'question q0: answer_start is "3", not a whole number',
+        ),
+        (
+            squad({"answers": [{"text": "tea", "answer_start": True}]}),
+            "question q0: answer_start is true, not a whole number",
+        ),
+        (
+            squad(gold("tea"), context=SURROGATE),
+            r"paragraphs\[0\]: context has half of a surrogate pair, '\\ud83d', at character 5",
+        ),
+        (squad({**gold("tea"), "question": SURROGATE}), "question q0: question has half"),
+    ],
+)
+def test_no_value_is_taken_for_another(content, message, tmp_path):
+    path = write(tmp_path / "train.json", content)
+    with pytest.raises(SquadError, match=message) as raised:
+        read_squad(path)
+    assert str(raised.value).startswith(str(path))
+
+
+@pytest.mark.parametrize("version", ["1.1", "v2.0"])
+def test_a_test_file_of_empty_lists_has_no_answers(version, tmp_path):
+    content = squad({"answers": []}, {"answers": []}, version=version)
+    path = write(tmp_path / "test.json", content)
+    assert not read_squad(path, labelled=False).labelled
+    known = squad(gold("tea"), IMPOSSIBLE, version=version)
+    assert read_squad(write(path, known), labelled=False).labelled
+
+
+class Counted(str):
+    """A string that counts how often it is compared."""
+
+    compared = 0
+    __hash__ = str.__hash__
+
+    def __eq__(self, other):
+        Counted.compared += 1
+        return str.__eq__(self, other)
+
+
+def test_two_equal_ids_are_found_without_comparing_all_with_all():
+    ids = [Counted(i) for i in [*range(1000), 999]]
+    with pytest.raises(SquadError, match="two questions have the id 999"):
+        squad_files._check_questions(Path("x.json"), ids, any_rows=False)
+    assert Counted.compared < 10
 
 
 def test_official_files_are_counted(tmp_path):
@@ -331,6 +410,48 @@ def test_a_cut_run_leaves_whole_splits_only(bpes, tmp_path, monkeypatch):
     done.clear()
     prepare(*words)  # finishes: train is not made again
     assert done == ["valid"]
+
+
+def state(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_splits_that_are_not_asked_for_stay(bpes, tmp_path):
+    """Wherever the files of the BPE are; with other options or another BPE they would not fit."""
+    train = write(tmp_path / "train.json", squad(gold("tea")))
+    out = tmp_path / "bin"
+    prepare(bpes, "gpt2", out, "--train", train, "--valid", train, *SMALL)
+    before = state(out)
+    options, dictionary = bpes["gpt2"]
+    moved = {"gpt2": (options, shutil.copy(dictionary, str(tmp_path / "moved.txt")))}
+    prepare(moved, "gpt2", out, "--test", train, *SMALL)
+    after = state(out)
+    assert list(json.loads(after["task.json"])["splits"]) == ["train", "valid", "test"]
+    assert all(after[name] == before[name] for name in before if name != "task.json")
+    for kind, options, key in (
+        ("gpt2", ["--max-seq-length", "47"], "max_seq_length"),
+        ("sentencepiece", [], "bpe"),
+    ):
+        with pytest.raises(SquadError, match=f"has train, valid, made with another {key}: .*--out"):
+            prepare(bpes, kind, out, "--test", train, *SMALL, *options)
+    assert state(out) == after
+
+
+def test_an_error_leaves_the_folder_as_it_was(bpes, tmp_path):
+    """Also one that the BPE or the dict.txt shows, and in the last of the files."""
+    train = write(tmp_path / "train.json", squad(gold("tea")))
+    valid = write(tmp_path / "valid.json", squad(gold("tea")))
+    words = ("gpt2", tmp_path / "bin", "--train", train, "--valid", valid)
+    prepare(bpes, *words)
+    before = state(tmp_path / "bin")
+    mixed = {"gpt2": (bpes["gpt2"][0], bpes["sentencepiece"][1])}
+    with pytest.raises(SquadError, match="tokens are not in --dict"):
+        prepare(mixed, *words)
+    write(train, squad(gold("1889")))
+    write(valid, squad(IMPOSSIBLE, context=""))
+    with pytest.raises(SquadError, match="valid.json, question q0: its context is empty"):
+        prepare(bpes, *words)
+    assert state(tmp_path / "bin") == before
 
 
 def test_workers_give_the_same(bpes, tmp_path):
