@@ -109,16 +109,16 @@ class AveragingTrainer(Trainer):
         if isinstance(scheduler, SWAScheduler) and first and known and scheduler.begun is None:
             if not self.task.has_sharded_data("train"):
                 cfg = self.cfg.optimization
-                check_start(scheduler, self._updates_of, cfg.max_update or 0, cfg.max_epoch or 0)
+                ends = (cfg.max_update or 0, cfg.max_epoch or 0)
+                check_start(scheduler, self._updates_per_epoch(), *ends)
         return self._epoch_itr
 
-    def _updates_of(self, epochs: int) -> int:
-        """Number of updates in the first so many epochs, if none is skipped."""
+    def _updates_per_epoch(self) -> List[int]:
+        """Numbers of updates in the first epochs, if none is skipped; the last number goes on."""
         cfg, batches = self.cfg.optimization, len(self._epoch_itr)
-        freqs = [cfg.update_freq[min(e, len(cfg.update_freq) - 1)] for e in range(epochs)]
         if getattr(cfg, "skip_remainder_batch", False):
-            return sum(batches // freq for freq in freqs)
-        return sum(-(-batches // freq) for freq in freqs)
+            return [batches // freq for freq in cfg.update_freq]
+        return [-(-batches // freq) for freq in cfg.update_freq]
 
     def valid_step(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's; the log says of how many weights the validated ones are the average."""
