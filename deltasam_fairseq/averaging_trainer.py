@@ -142,10 +142,20 @@ class AveragingTrainer(Trainer):
         return state
 
     def load_checkpoint(
-        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """fairseq's; training goes on from the weights themselves, and so does their average."""
-        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        """fairseq's; training goes on from the weights themselves, and so does their average.
+
+        The average is that of the schedule's phase: without the saved schedule it begins anew.
+        """
+        extra_state = super().load_checkpoint(
+            filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
+        )
         saved = (extra_state or {}).pop(STATE, None)
         if saved is None or reset_optimizer:
             return extra_state
@@ -156,9 +166,16 @@ class AveragingTrainer(Trainer):
                 own[name].data.copy_(value)
                 if own[name] in masters:
                     masters[own[name]].copy_(value)
-        if self.weight_average is not None:
-            self.weight_average.load_state_dict(saved)
-            logger.info(f"going on with an average of {self.weight_average.n} weights")
+        average, scheduler = self.weight_average, self.lr_scheduler
+        if average is not None and not reset_lr_scheduler:
+            average.load_state_dict(saved)
+            logger.info(f"going on with an average of {average.n} weights")
+        elif average is not None and saved["n"]:
+            logger.warning(
+                f"{filename} holds an average of {saved['n']} weights; training goes on from the "
+                "weights themselves and without it, as --reset-lr-scheduler is given: averaging "
+                f"begins anew from {scheduler.start} on"
+            )
         elif saved["n"]:
             logger.warning(
                 f"{filename} holds an average of weights; training goes on from the weights "

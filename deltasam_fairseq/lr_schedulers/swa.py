@@ -1,5 +1,6 @@
 """A learning-rate schedule that says when the weights of a run are averaged."""
 
+import logging
 import math
 from typing import Any, Dict, Optional, Sequence, Type
 
@@ -8,8 +9,10 @@ from fairseq.optim.lr_scheduler import FairseqLRScheduler
 from deltasam_fairseq.algorithms import annealed_rate, cyclical_rate
 from deltasam_fairseq.lr_schedulers.config import check_swa_config, parse_every, parse_start
 
+logger = logging.getLogger(__name__)
+
 # Keys beside those of the schedule that is extended, which does not mind them.
-_BEGUN, _LR_AT_START = "swa_begun", "swa_lr_at_start"
+_BEGUN, _BEGUN_FROM, _LR_AT_START = "swa_begun", "swa_begun_from", "swa_lr_at_start"
 
 
 class SWAScheduler(FairseqLRScheduler):
@@ -41,6 +44,7 @@ class SWAScheduler(FairseqLRScheduler):
         self.start = parse_start(cfg)
         self.every = parse_every(cfg)
         self.begun: Optional[int] = None
+        self._begun_from: Optional[str] = None  # the start that was asked for when it began
         self.attended = False
         self._lr_at_start = 0.0
         self._epochs = 0
@@ -87,6 +91,7 @@ class SWAScheduler(FairseqLRScheduler):
             due = self._epochs >= (self.start.epochs or 0)
         if due:
             self.begun, self._lr_at_start = update, self.base.step_update(update)
+            self._begun_from = str(self.start)
 
     def _rate(self, step: int) -> float:
         """Learning rate after ``step`` updates of the averaging phase."""
@@ -128,12 +133,24 @@ class SWAScheduler(FairseqLRScheduler):
 
     def state_dict(self) -> Dict[str, Any]:
         """The base schedule's, which can read it too, and where averaging began."""
-        state = {**self.base.state_dict(), _BEGUN: self.begun}
-        return {**state, _LR_AT_START: self._lr_at_start}
+        own = {
+            _BEGUN: self.begun,
+            _BEGUN_FROM: self._begun_from,
+            _LR_AT_START: self._lr_at_start,
+        }
+        return {**self.base.state_dict(), **own}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Go on as the run that was saved; says so where averaging began by another --swa-start."""
         self.base.load_state_dict(state_dict)
         self.begun = state_dict.get(_BEGUN)
+        self._begun_from = state_dict.get(_BEGUN_FROM)
+        if self._begun_from not in (None, str(self.start)):
+            logger.warning(
+                f"--swa-start {self.cfg.swa_start}, that is {self.start}, comes too late: the run "
+                f"that is resumed began to average at update {self.begun}, and that goes on; to "
+                "begin anew, give --reset-lr-scheduler"
+            )
         self._lr_at_start = state_dict.get(_LR_AT_START, 0.0)
 
 
