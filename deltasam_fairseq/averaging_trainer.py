@@ -109,16 +109,16 @@ class AveragingTrainer(Trainer):
         if isinstance(scheduler, SWAScheduler) and first and known and scheduler.begun is None:
             if not self.task.has_sharded_data("train"):
                 cfg = self.cfg.optimization
-                check_start(scheduler, self._updates_of, cfg.max_update or 0, cfg.max_epoch or 0)
+                ends = (cfg.max_update or 0, cfg.max_epoch or 0)
+                check_start(scheduler, self._updates_per_epoch(), *ends)
         return self._epoch_itr
 
-    def _updates_of(self, epochs: int) -> int:
-        """Number of updates in the first so many epochs, if none is skipped."""
+    def _updates_per_epoch(self) -> List[int]:
+        """Numbers of updates in the first epochs, if none is skipped; the last number goes on."""
         cfg, batches = self.cfg.optimization, len(self._epoch_itr)
-        freqs = [cfg.update_freq[min(e, len(cfg.update_freq) - 1)] for e in range(epochs)]
         if getattr(cfg, "skip_remainder_batch", False):
-            return sum(batches // freq for freq in freqs)
-        return sum(-(-batches // freq) for freq in freqs)
+            return [batches // freq for freq in cfg.update_freq]
+        return [-(-batches // freq) for freq in cfg.update_freq]
 
     def valid_step(self, *args: Any, **kwargs: Any) -> Any:
         """fairseq's; the log says of how many weights the validated ones are the average."""
@@ -142,10 +142,20 @@ class AveragingTrainer(Trainer):
         return state
 
     def load_checkpoint(
-        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kwargs: Any,
     ) -> Any:
-        """fairseq's; training goes on from the weights themselves, and so does their average."""
-        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        """fairseq's; training goes on from the weights themselves, and so does their average.
+
+        The average is that of the schedule's phase: without the saved schedule it begins anew.
+        """
+        extra_state = super().load_checkpoint(
+            filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
+        )
         saved = (extra_state or {}).pop(STATE, None)
         if saved is None or reset_optimizer:
             return extra_state
@@ -156,9 +166,16 @@ class AveragingTrainer(Trainer):
                 own[name].data.copy_(value)
                 if own[name] in masters:
                     masters[own[name]].copy_(value)
-        if self.weight_average is not None:
-            self.weight_average.load_state_dict(saved)
-            logger.info(f"going on with an average of {self.weight_average.n} weights")
+        average, scheduler = self.weight_average, self.lr_scheduler
+        if average is not None and not reset_lr_scheduler:
+            average.load_state_dict(saved)
+            logger.info(f"going on with an average of {average.n} weights")
+        elif average is not None and saved["n"]:
+            logger.warning(
+                f"{filename} holds an average of {saved['n']} weights; training goes on from the "
+                "weights themselves and without it, as --reset-lr-scheduler is given: averaging "
+                f"begins anew from {scheduler.start} on"
+            )
         elif saved["n"]:
             logger.warning(
                 f"{filename} holds an average of weights; training goes on from the weights "

@@ -277,6 +277,66 @@ class TestCheckpoints:
         assert "goes on from the weights themselves" in caplog.text
         assert STATE not in resumed.checkpoint["extra_state"]
 
+    @pytest.mark.parametrize("start, averaged", [("7", [7, 8]), ("1", [6, 7, 8])])
+    def test_a_reset_schedule_begins_a_new_average(
+        self, classification, tmp_path, passed, caplog, start, averaged
+    ):
+        """From the weights themselves after 5 updates; the average of 4 is left out, and said so.
+
+        A start that is past is the present: the next update's weights are the first.
+        """
+        runs.train(classification, tmp_path, *SWA, "--swa-start", "2", "--max-update", "5")
+        more = ["--swa-start", start, "--reset-lr-scheduler", "--max-update", "8"]
+        resumed = runs.train(classification, tmp_path, *SWA, *more)
+        assert "average of 4 weights" in caplog.text
+        assert f"begins anew from update {start} on" in caplog.text
+        assert_model_is(resumed.checkpoint, mean(passed, averaged))
+        whole = runs.train(classification, tmp_path / "plain", *PLAIN, "--max-update", "8")
+        for name, value in resumed.checkpoint["extra_state"][STATE]["raw"].items():
+            assert torch.equal(value, whole.checkpoint["model"][name.split(".", 1)[1]])
+
+    def test_before_a_new_average_has_begun_the_weights_are_saved(self, classification, tmp_path):
+        runs.train(classification, tmp_path, *SWA, "--swa-start", "2", "--max-update", "5")
+        more = ["--swa-start", "9", "--max-update", "10", "--save-interval-updates", "7"]
+        more += ["--reset-lr-scheduler"]
+        runs.train(classification, tmp_path, *SWA, *more)
+        saved = runs.load(tmp_path / "checkpoint_2_7.pt")
+        assert saved["extra_state"][STATE]["n"] == 0
+        for name, value in saved["extra_state"][STATE]["raw"].items():
+            assert torch.equal(value, saved["model"][name.split(".", 1)[1]])
+
+    @pytest.mark.parametrize(
+        "first, then, said",
+        [
+            (["0.5", "4"], "0.5", "--swa-start 0.5, that is update 4"),  # of 7 and of 8 updates
+            (["2", "4"], "1ep", "--swa-start 1ep, that is the end of epoch 1"),
+            (["0.5", "4"], "2", None),  # half of 4 is 2
+            (["6", "6"], "6", None),
+        ],
+    )
+    def test_another_start_does_not_apply_to_an_average_that_has_begun(
+        self, classification, tmp_path, caplog, first, then, said
+    ):
+        """Said at every resumption, as the average that goes on is that of the first start."""
+        for start, end in (first, [then, "7"], [then, "8"]):
+            caplog.clear()
+            options = ["--swa-start", start, "--max-update", end]
+            run = runs.train(classification, tmp_path, *SWA, *options)
+        if said is None:
+            assert "comes too late" not in caplog.text
+        else:
+            assert said in caplog.text and "began to average at update 2" in caplog.text
+            assert run.checkpoint["extra_state"][STATE]["n"] == 7  # 2 to 8
+
+    def test_a_run_taken_up_after_the_start(self, classification, tmp_path, passed, caplog):
+        """The start is then the update of the checkpoint, 4; with every second update 6 is next."""
+        runs.train(classification, tmp_path, *PLAIN, "--max-update", "4")
+        swa = [*SWA, "--swa-start", "2", "--swa-every", "2"]
+        runs.train(classification, tmp_path, *swa, "--max-update", "7")
+        run = runs.train(classification, tmp_path, *swa, "--max-update", "8")
+        assert_model_is(run.checkpoint, mean(passed, [6, 8]))
+        assert "comes too late" not in caplog.text
+
     def test_a_new_run_starts_from_the_average(self, classification, tmp_path):
         swa = runs.train(classification, tmp_path / "swa", *SWA, "--swa-start", "1")
         start = ["--finetune-from-model", str(tmp_path / "swa" / "checkpoint_last.pt")]

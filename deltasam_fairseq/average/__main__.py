@@ -63,6 +63,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         folder = os.path.dirname(os.path.abspath(args.output))
         if not os.path.isdir(folder):
             raise UsageError(f"--output {args.output}: there is no folder {folder}; make it first")
+        if os.path.isdir(args.output):
+            raise UsageError(f"--output {args.output}: is a folder; name a file in it")
         paths = selected(args)
         state = average(paths, args.raw)
     except UsageError as e:

@@ -1,6 +1,6 @@
 """The mean of checkpoints."""
 
-from typing import Any, Dict, Sequence
+from typing import Any, Dict, List, Sequence
 
 import torch
 from fairseq.file_io import PathManager
@@ -57,11 +57,30 @@ def _same_storage(some: Tensor, other: Tensor) -> bool:
     return some.data_ptr() == other.data_ptr() and some.shape == other.shape
 
 
+def _names(state: Dict[str, Any]) -> Dict[str, str]:
+    """Key of a floating tensor -> the first key under which that tensor stands."""
+    first: Dict[Any, str] = {}
+    names = {}
+    for key, value in state.items():
+        if torch.is_tensor(value) and value.is_floating_point():
+            place = (value.data_ptr(), value.shape) if value.numel() else key
+            names[key] = first.setdefault(place, key)
+    return names
+
+
+def _untied(names: Dict[str, str], state: Dict[str, Any]) -> List[str]:
+    """Keys of ``names`` whose tensor has values other than its namesake's in ``state``."""
+    pairs = [(key, state[key], state[name]) for key, name in names.items() if key != name]
+    return [key for key, a, b in pairs if not (_same_storage(a, b) or torch.equal(a, b))]
+
+
 class Averager:
     """Mean of state dicts in float32 or better, one at a time in memory.
 
     A tensor that stands under several names (shared weights) is averaged once and shared in the
-    result. What is not floating (counters) is taken from the last.
+    result. A file may hold such a tensor once per name (fairseq writes it so from a GPU): what is
+    shared in one file must then be equal in the others. What is not floating (counters) is taken
+    from the last.
     """
 
     def __init__(self) -> None:
@@ -77,12 +96,9 @@ class Averager:
             UsageError: its tensors are not those of the first.
         """
         shapes = {k: getattr(v, "shape", None) for k, v in state.items()}
+        names = _names(state)
         if self.n == 0:
-            first: Dict[Any, str] = {}
-            for key, value in state.items():
-                if torch.is_tensor(value) and value.is_floating_point():
-                    place = (value.data_ptr(), value.shape) if value.numel() else key
-                    self._names[key] = first.setdefault(place, key)
+            self._names = names
             self._means = {
                 name: state[name].to(torch.promote_types(state[name].dtype, torch.float32)).clone()
                 for name in dict.fromkeys(self._names.values())
@@ -90,6 +106,7 @@ class Averager:
         else:
             known = {k: getattr(v, "shape", None) for k, v in self._last.items()}
             different = sorted(k for k in {**shapes, **known} if shapes.get(k) != known.get(k))
+            different = different or _untied(self._names, state) + _untied(names, self._last)
             if different:
                 raise UsageError(
                     f"{path}: another model than the first, different in {', '.join(different[:3])}"

@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import math
 import os
 import re
 from typing import Dict, List, Optional, Tuple
@@ -29,11 +30,13 @@ def _numbered(folder: str, pattern: "re.Pattern[str]", up_to: Optional[int]) -> 
 
 
 def _score(path: str) -> Tuple[float, int, bool]:
-    """Validation metric of a checkpoint, number of its updates, whether more is better."""
+    """Validation metric of a checkpoint, number of its updates, whether more is better.
+
+    The metric is NaN where the file was saved without validation.
+    """
     state = read(path)
     metric = state.get("extra_state", {}).get("val_loss")
-    if metric is None:
-        raise UsageError(f"--best: {path} was saved without validation; use --last-epochs instead")
+    metric = math.nan if metric is None else metric
     cfg = state.get("cfg")
     if cfg is not None:
         maximize = cfg["checkpoint"]["maximize_best_checkpoint_metric"]
@@ -44,14 +47,26 @@ def _score(path: str) -> Tuple[float, int, bool]:
 
 
 def _best(folder: str, n: int) -> List[str]:
-    """The ``n`` best files of a folder, of equal ones the later; by number of updates, rising."""
+    """The ``n`` best files of a folder, of equal ones the later; by number of updates, rising.
+
+    Raises:
+        UsageError: no file has a metric.
+    """
     paths = sorted(
         os.path.join(folder, name) for name in PathManager.ls(folder) if _ANY.fullmatch(name)
     )
     ranked: Dict[int, Tuple[float, str]] = {}  # a file may stand there under two names
     for path in paths:
         metric, updates, maximize = _score(path)
+        if math.isnan(metric):
+            logger.info(f"{path}: left out, saved without validation or with NaN as its metric")
+            continue
         ranked[updates] = (metric if maximize else -metric, path)
+    if paths and not ranked:
+        raise UsageError(
+            f"--best {n}: no checkpoint in {folder} has a validation metric; use --last-epochs or "
+            "--last-updates instead"
+        )
     chosen = sorted(ranked, key=lambda updates: (ranked[updates][0], updates))[-n:]
     if len(chosen) == n:
         for updates in sorted(chosen):

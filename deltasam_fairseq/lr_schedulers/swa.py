@@ -1,15 +1,18 @@
 """A learning-rate schedule that says when the weights of a run are averaged."""
 
+import logging
 import math
-from typing import Any, Dict, Optional, Type
+from typing import Any, Dict, Optional, Sequence, Type
 
 from fairseq.optim.lr_scheduler import FairseqLRScheduler
 
 from deltasam_fairseq.algorithms import annealed_rate, cyclical_rate
 from deltasam_fairseq.lr_schedulers.config import check_swa_config, parse_every, parse_start
 
+logger = logging.getLogger(__name__)
+
 # Keys beside those of the schedule that is extended, which does not mind them.
-_BEGUN, _LR_AT_START = "swa_begun", "swa_lr_at_start"
+_BEGUN, _BEGUN_FROM, _LR_AT_START = "swa_begun", "swa_begun_from", "swa_lr_at_start"
 
 
 class SWAScheduler(FairseqLRScheduler):
@@ -41,6 +44,7 @@ class SWAScheduler(FairseqLRScheduler):
         self.start = parse_start(cfg)
         self.every = parse_every(cfg)
         self.begun: Optional[int] = None
+        self._begun_from: Optional[str] = None  # the start that was asked for when it began
         self.attended = False
         self._lr_at_start = 0.0
         self._epochs = 0
@@ -87,6 +91,7 @@ class SWAScheduler(FairseqLRScheduler):
             due = self._epochs >= (self.start.epochs or 0)
         if due:
             self.begun, self._lr_at_start = update, self.base.step_update(update)
+            self._begun_from = str(self.start)
 
     def _rate(self, step: int) -> float:
         """Learning rate after ``step`` updates of the averaging phase."""
@@ -128,43 +133,78 @@ class SWAScheduler(FairseqLRScheduler):
 
     def state_dict(self) -> Dict[str, Any]:
         """The base schedule's, which can read it too, and where averaging began."""
-        state = {**self.base.state_dict(), _BEGUN: self.begun}
-        return {**state, _LR_AT_START: self._lr_at_start}
+        own = {
+            _BEGUN: self.begun,
+            _BEGUN_FROM: self._begun_from,
+            _LR_AT_START: self._lr_at_start,
+        }
+        return {**self.base.state_dict(), **own}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
+        """Go on as the run that was saved; says so where averaging began by another --swa-start."""
         self.base.load_state_dict(state_dict)
         self.begun = state_dict.get(_BEGUN)
+        self._begun_from = state_dict.get(_BEGUN_FROM)
+        if self._begun_from not in (None, str(self.start)):
+            logger.warning(
+                f"--swa-start {self.cfg.swa_start}, that is {self.start}, comes too late: the run "
+                f"that is resumed began to average at update {self.begun}, and that goes on; to "
+                "begin anew, give --reset-lr-scheduler"
+            )
         self._lr_at_start = state_dict.get(_LR_AT_START, 0.0)
 
 
-def check_start(scheduler: SWAScheduler, updates_of: Any, max_update: int, max_epoch: int) -> None:
+def _updates_of(epochs: int, per_epoch: Sequence[int]) -> int:
+    """Number of updates in the first so many epochs; the last of ``per_epoch`` goes on."""
+    return sum(per_epoch[:epochs]) + per_epoch[-1] * max(epochs - len(per_epoch), 0)
+
+
+def _first_end_of_epoch(update: int, per_epoch: Sequence[int]) -> float:
+    """Number of updates at the first end of an epoch that is not before ``update``."""
+    done = 0
+    for updates in per_epoch:
+        done += updates
+        if done >= max(update, 1):
+            return done
+    length = per_epoch[-1]
+    return done - (done - update) // length * length if length else math.inf
+
+
+def check_start(
+    scheduler: SWAScheduler, per_epoch: Sequence[int], max_update: int, max_epoch: int
+) -> None:
     """Check against the data that a run averages anything at all.
 
     Args:
         scheduler: of the run.
-        updates_of: number of epochs -> number of updates in them.
+        per_epoch: numbers of updates in the first epochs, at least one; the last holds from there
+            on.
         max_update, max_epoch: of the run, 0 for none.
 
     Raises:
         ValueError: naming the options and how long the run is.
     """
+    if not any(per_epoch):
+        raise ValueError(
+            "--skip-remainder-batch: an epoch has fewer batches than --update-freq, so that no "
+            "update is ever made and there is nothing to average; give a smaller --update-freq or "
+            "leave --skip-remainder-batch out"
+        )
     end = max_update if max_update > 0 else math.inf
     if max_epoch > 0:
-        end = min(end, updates_of(max_epoch))
+        end = min(end, _updates_of(max_epoch, per_epoch))
     start = scheduler.start.updates
     if start is None:
-        start = updates_of(scheduler.start.epochs)
+        start = _updates_of(scheduler.start.epochs or 0, per_epoch)
     if scheduler.every is None:
-        epoch = 1
-        while updates_of(epoch) < start and updates_of(epoch) <= end:
-            epoch += 1
-        first, option = updates_of(epoch), f"--swa-every epoch with --swa-start {start} updates"
+        first = _first_end_of_epoch(start, per_epoch)
+        option = f"--swa-every epoch with --swa-start {start} updates"
     else:
         first = start or scheduler.every
         option = f"--swa-start {scheduler.cfg.swa_start}"
     if first > end:
         raise ValueError(
             f"{option}: the first weights would be averaged after update {first}, but the run ends "
-            f"after update {end}, with {updates_of(1)} updates in an epoch; give an earlier "
+            f"after update {end}, with {per_epoch[0]} updates in an epoch; give an earlier "
             "--swa-start, a smaller --swa-every, or a longer run"
         )

@@ -11,7 +11,7 @@ import torch
 from fairseq import checkpoint_utils
 
 from deltasam_fairseq.average.__main__ import main
-from deltasam_fairseq.average.mean import average
+from deltasam_fairseq.average.mean import UsageError, average
 from deltasam_fairseq.averaging_trainer import STATE
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
@@ -92,6 +92,39 @@ def test_the_best(folder, tmp_path, capsys, n, more_is_better):
     assert_mean(tmp_path / "out.pt", folder, names)
 
 
+def scored(folder, metrics):
+    """Files checkpoint1.pt and on, with weights 1, 2, 3 and these validation metrics."""
+    folder.mkdir()
+    for i, metric in enumerate(metrics, 1):
+        state = {
+            "model": {"w": torch.tensor([float(i)])},
+            "extra_state": {"val_loss": metric},
+            "cfg": {"checkpoint": {"maximize_best_checkpoint_metric": False}},
+            "optimizer_history": [{"num_updates": i}],
+        }
+        torch.save(state, folder / f"checkpoint{i}.pt")
+
+
+@pytest.mark.parametrize("absent", [float("nan"), None])
+def test_the_best_of_those_with_a_metric(tmp_path, capsys, caplog, absent):
+    """Of 2, -, 1, 3, - the best two are the first and the third: (1 + 3) / 2 = 2."""
+    caplog.set_level("INFO")
+    scored(tmp_path / "run", [2.0, absent, 1.0, 3.0, absent])
+    call(capsys, tmp_path / "run", "--best", "2", "--output", tmp_path / "out.pt")
+    assert model(tmp_path / "out.pt")["w"].tolist() == [2]
+    left_out = [m for m in caplog.messages if "left out" in m]
+    assert len(left_out) == 2 and "checkpoint2.pt" in left_out[0]
+    options = ["--best", "4", "--output", tmp_path / "out.pt"]
+    assert "--best 4" in call(capsys, tmp_path / "run", *options, code=2)
+
+
+def test_no_metric_at_all(tmp_path, capsys):
+    scored(tmp_path / "run", [None, float("nan")])
+    options = ["--best", "1", "--output", tmp_path / "out.pt"]
+    message = call(capsys, tmp_path / "run", *options, code=2)
+    assert "no checkpoint" in message and "--last-epochs" in message
+
+
 def test_the_mean_of_one_is_a_copy_and_an_ordinary_checkpoint(folder, tmp_path, capsys):
     out = tmp_path / "out.pt"
     call(capsys, folder / "checkpoint2.pt", "--output", out)
@@ -143,6 +176,35 @@ def test_shared_weights_are_one_in_the_file(tmp_path):
     found = average(paths)["model"]
     assert found["w"].data_ptr() == found["tied"].data_ptr()
     assert all((t == 2).all() for t in found.values()) and found["view"].shape == (500,)
+
+
+@pytest.mark.parametrize("tied_first", [True, False])
+def test_tied_with_untied_is_refused(tmp_path, tied_first):
+    """The mean of either kind would lose weights in a model of the other."""
+    w = torch.ones(3)
+    tied = save(tmp_path / "tied.pt", embed=w, head=w)
+    untied = save(tmp_path / "untied.pt", embed=w, head=2 * w)
+    first, second = (tied, untied) if tied_first else (untied, tied)
+    with pytest.raises(UsageError, match="another model than the first, different in head") as e:
+        average([first, second])
+    assert second in str(e.value)
+
+
+@pytest.mark.parametrize("shared_first", [True, False])
+def test_a_file_with_a_copy_per_name_is_of_the_same_model(tmp_path, shared_first):
+    """As fairseq writes shared weights from a GPU."""
+    w = torch.ones(3)
+    shared = save(tmp_path / "shared.pt", embed=w, head=w)
+    copied = save(tmp_path / "copied.pt", embed=3 * w, head=3 * w)
+    found = average([shared, copied] if shared_first else [copied, shared])["model"]
+    assert found["embed"].tolist() == found["head"].tolist() == [2, 2, 2]
+
+
+def test_output_that_is_a_folder(folder, tmp_path, capsys):
+    (tmp_path / "out").mkdir()
+    message = call(capsys, folder, "--last-epochs", "1", "--output", tmp_path / "out", code=2)
+    assert f"--output {tmp_path / 'out'}: is a folder" in message
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 def test_of_a_run_with_averages(classification, tmp_path, capsys):

@@ -188,13 +188,44 @@ class _Schedule(Namespace):
 )
 def test_against_the_data(values, max_update, max_epoch, refused):
     values = {"max_update": 0, "max_epoch": 0, **values}
-    arguments = (_Schedule(**values), lambda epochs: 4 * epochs, max_update, max_epoch)
+    arguments = (_Schedule(**values), [4], max_update, max_epoch)
     if not refused:
         check_start(*arguments)
         return
     with pytest.raises(ValueError, match="run ends after update") as error:
         check_start(*arguments)
     assert "--swa-start" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "start, first",
+    [
+        ("0", 4),  # epochs end after updates 4, 6, 9, 12, 15, ...
+        ("4", 4),
+        ("5", 6),
+        ("9", 9),
+        ("10", 12),
+        ("3000", 3000),
+        ("3000000001", 3000000003),  # at once, however many epochs that is
+        ("2ep", 6),
+        ("1000000000ep", 3000000000),
+    ],
+)
+def test_the_first_end_of_an_epoch_with_changing_update_freq(start, first):
+    """A run of so many updates averages, one shorter does not."""
+    schedule = _Schedule(swa_start=start, swa_every="epoch", max_update=0, max_epoch=0)
+    check_start(schedule, [4, 2, 3], first, 0)
+    with pytest.raises(ValueError, match=f"after update {first}, but"):
+        check_start(schedule, [4, 2, 3], first - 1, 0)
+
+
+@pytest.mark.parametrize("start", ["5", "1ep"])
+def test_epochs_without_updates_are_refused(classification, tmp_path, start):
+    """An epoch has 4 batches; fairseq would go through epochs without end."""
+    options = ["--lr-scheduler", "swa_fixed", "--swa-start", start, "--swa-every", "epoch"]
+    options += ["--max-epoch", "0", "--update-freq", "5", "--skip-remainder-batch"]
+    with pytest.raises(ValueError, match="--skip-remainder-batch: .* smaller --update-freq"):
+        runs.train(classification, tmp_path, *options)
 
 
 def test_a_run_that_is_too_short_for_its_data(classification, tmp_path):
