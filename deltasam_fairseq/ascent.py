@@ -136,6 +136,7 @@ class Climber:
             self._check_per_sentence_losses(samples[0][0], replay)
             self._losses_checked = True
 
+        sam.draw_ahead(self._weights.parameters(), *self._draw())
         log = UpdateLog(per_rank=sam.per_rank)
         if sam.ascent_fraction < 1:
             self._backward_of_most_unguarded(samples, replay, log)

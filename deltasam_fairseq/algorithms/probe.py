@@ -57,10 +57,6 @@ def probe_generator(seed: int, update: int, device: torch.device) -> torch.Gener
 def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
     """Draw ``u ~ N(0, I)`` into a list of tensors.
 
-    On a CPU in pieces, each from a generator of its own, on as many threads as torch uses: one
-    generator fills memory on one thread only, which would be a tenth of an update of RoBERTa base
-    on two cores and more on more of them. The numbers do not depend on the threads.
-
     Args:
         out: receives ``u``; contiguous, one tensor a weight, in an order that is the same
             everywhere.
@@ -69,12 +65,26 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
     Returns:
         ``||u||_2``, 0-dim float64.
     """
+    fill_direction_(out, generator, torch.get_num_threads())
+    return global_norm(out)
+
+
+def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int) -> None:
+    """The drawing of `draw_direction_` alone.
+
+    On a CPU in pieces, each from a generator of its own, on several threads: one generator fills
+    memory on one thread only, which would be a tenth of an update of RoBERTa base on two cores and
+    more on more of them. The numbers do not depend on the threads.
+
+    Args:
+        out, generator: as there.
+        threads: to draw with on a CPU, at least 1.
+    """
     if out and out[0].device.type == "cpu":
-        _draw_pieces_([piece for u in out for piece in _pieces(u)], generator)
+        _draw_pieces_([piece for u in out for piece in _pieces(u)], generator, threads)
     else:
         for u in out:
             u.normal_(generator=generator)
-    return global_norm(out)
 
 
 def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
@@ -87,7 +97,7 @@ def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[T
     for v in like:
         u = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
         if u.device.type == "cpu":
-            _draw_pieces_(_pieces(u), generator)
+            _draw_pieces_(_pieces(u), generator, torch.get_num_threads())
         else:
             u.normal_(generator=generator)
         yield u
@@ -97,15 +107,14 @@ def _pieces(u: Tensor) -> List[Tensor]:
     return list(u.view(-1).split(PIECE))
 
 
-def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator) -> None:
-    # One at a time: how many are asked for at once must not change the numbers.
-    seeds = [int(torch.randint(_MASK >> 1, (), generator=generator)) for _ in pieces]
+def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator, threads: int) -> None:
+    seeds = torch.randint(_MASK >> 1, (len(pieces),), generator=generator).tolist()
 
     def draw(piece: Tensor, seed: int) -> None:
         piece.normal_(generator=torch.Generator().manual_seed(seed))
 
-    threads = min(torch.get_num_threads(), len(pieces))
-    if threads == 1:
+    threads = min(threads, len(pieces))
+    if threads <= 1:
         for piece, seed in zip(pieces, seeds):
             draw(piece, seed)
         return

@@ -47,10 +47,14 @@ class SwappedWeights:
         """
         if self.moved:
             raise RuntimeError("the weights are perturbed already; restore them first")
-        buffers = [self._buffer(p) for p in parameters]
+        buffers = self.buffers(parameters)
         result = write(buffers)
         self.point(parameters, buffers)
         return result
+
+    def buffers(self, parameters: Sequence[Parameter]) -> List[Tensor]:
+        """What `move` will give to ``write``; free to be written to while nothing is moved."""
+        return [self._buffer(p) for p in parameters]
 
     def _buffer(self, p: Parameter) -> Tensor:
         found = self._buffers.get(p)
