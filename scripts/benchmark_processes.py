@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -15,13 +14,7 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import torch
 import torch.distributed as dist
-
-
-def free_port() -> int:
-    """Return a port that nobody listens at."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+from cost_model import free_port
 
 
 def launch_options(rank: int, processes: int, port: int, device: str) -> List[str]:

@@ -257,6 +257,7 @@ def work(data: str, rank: int, world_size: int, port: int, out: str) -> None:
 
 
 def free_port() -> int:
+    """Return a port that nobody listens at."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -73,8 +73,8 @@ def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int)
     """The drawing of `draw_direction_` alone.
 
     On a CPU in pieces, each from a generator of its own, on several threads: one generator fills
-    memory on one thread only, which would be a tenth of an update of RoBERTa base on two cores and
-    more on more of them. The numbers do not depend on the threads.
+    memory on one thread only, half a second for the weights of RoBERTa base however many cores
+    there are. The numbers do not depend on the threads.
 
     Args:
         out, generator: as there.
