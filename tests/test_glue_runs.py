@@ -200,6 +200,9 @@ class TestRunner:
             assert tuple(map(float, found.groups())) == (rho, beta), method
         more = ["--tasks", "CoLA", "--chosen", chosen]
         assert "lacks CoLA" in run(prepared, tmp_path / "out", *more, code=2)
+        chosen.write_text(json.dumps({"chosen": {"RTE": values}, "backbone": "bert_base"}))
+        text = run(prepared, tmp_path / "out", "--chosen", chosen, "--list", code=2)
+        assert "was chosen for --backbone bert_base, not" in text
         rho = {"sam_rho": 0.02}
         for wrong in ({}, rho, {**rho, "delta_sam_beta": "x"}, {**rho, "delta_sam_beta": -1}, 0.5):
             chosen.write_text(json.dumps({"chosen": {"RTE": wrong}}))
@@ -276,6 +279,7 @@ class TestSearch:
         record = json.loads((tmp_path / "chosen.json").read_text())
         rho, beta = (record["chosen"]["CoLA"][key] for key in ("sam_rho", "delta_sam_beta"))
         assert f"--chosen {tmp_path / 'chosen.json'}" in text
+        assert (record["backbone"], record["seeds"]) == ("roberta_base", [1])
         scores = record["scores"]["CoLA"]
         assert set(scores) == {
             *("sam-rho0.5", "sam-rho2"),

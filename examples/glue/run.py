@@ -199,7 +199,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
     if args.sharpness and args.keep == "none":
         return "--sharpness with --keep none: it is measured from the checkpoint; use --keep best"
     try:
-        args.chosen = read_chosen(args.chosen, args.tasks) if args.chosen else {}
+        args.chosen = read_chosen(args.chosen or [], args.tasks, args.backbone)
         for method, task in itertools.product(args.methods, args.tasks):
             method_overrides(method, task)
             teacher_of(args, method, task)
@@ -208,17 +208,20 @@ def check(args: argparse.Namespace) -> Optional[str]:
     return None
 
 
-def read_chosen(paths: Sequence[Path], tasks: Sequence[str]) -> Dict[str, Dict[str, float]]:
+def read_chosen(
+    paths: Sequence[Path], tasks: Sequence[str], backbone: str
+) -> Dict[str, Dict[str, float]]:
     """Return what search.py chose: task -> option of the optimizer -> its value.
 
     Raises:
-        ValueError: a file is not one of search.py's, or all together lack a task.
+        ValueError: a file is not one of search.py's, or is of another backbone, or all together
+            lack a task.
     """
     chosen: Dict[str, Dict[str, float]] = {}
     for path in paths:
         try:
-            found = json.loads(path.read_text(encoding="utf-8"))["chosen"]
-            for task, values in found.items():
+            record = json.loads(path.read_text(encoding="utf-8"))
+            for task, values in record["chosen"].items():
                 chosen[task] = {o: float(values[o]) for o in HYPERPARAMETERS["delta_sam"]}
                 if not all(0 < value < float("inf") for value in chosen[task].values()):
                     raise ValueError(f"{task}: {values} are not all above 0")
@@ -226,8 +229,13 @@ def read_chosen(paths: Sequence[Path], tasks: Sequence[str]) -> Dict[str, Dict[s
             raise ValueError(
                 f"--chosen {path}: not a chosen.json of search.py ({error!r})"
             ) from error
+        if record.get("backbone", backbone) != backbone:
+            raise ValueError(
+                f"--chosen {path}: was chosen for --backbone {record['backbone']}, not {backbone}; "
+                "run search.py with this one"
+            )
     lacking = [task for task in tasks if task not in chosen]
-    if lacking:
+    if paths and lacking:
         raise ValueError(
             f"--chosen {' '.join(map(str, paths))}: lacks {lacking[0]}; run search.py for it, or "
             "leave it out of --tasks"

@@ -128,6 +128,9 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     record = {
         "chosen": chosen,
         "scores": {task: {**sam_scores[task], **scores[task]} for task in args.tasks},
+        "backbone": args.backbone,
+        "recipe": args.recipe,
+        "checkpoint": str(args.checkpoint),
         "hold_out": args.hold_out,
         "seeds": args.seeds,
         "overrides": overrides,
