@@ -387,6 +387,7 @@ def _left_out(report: Report) -> List[Block]:
 # --- how the runs were made -------------------------------------------------------------------
 _OF_THE_RUN = {"seed", "log_file", "save_dir", "tensorboard_logdir", "distributed_init_method"}
 _OF_THE_RUN |= {"distributed_port", "wandb_project", "results_path", "plasma_path"}
+_OF_THE_RUN.add("filename")  # of the log that hydra writes
 _TOLD = (
     "data arch parameters finetune_from_model restore_file criterion optimizer lr lr_scheduler "
     "warmup_updates total_num_update batch_size max_tokens update_freq max_epoch max_update "
