@@ -402,6 +402,20 @@ def _settings(group: Sequence[Run], key: str) -> str:
     return " / ".join(values)
 
 
+def _mixed(report: Report) -> List[str]:
+    """Tell which methods' runs of one task were made with different options."""
+    told = []
+    for task in report.runs.tasks:
+        for method in report.runs.methods:
+            group = report.runs.of(task, method)
+            keys: Set[str] = set().union(*(run.log.settings for run in group)) - _OF_THE_RUN
+            for key in sorted(keys):
+                values = _settings(group, key)
+                if len({_settings([run], key) for run in group}) > 1:
+                    told.append(f"{task} {method}: `{key}` {values}")
+    return told
+
+
 def _how_made(report: Report) -> List[Block]:
     blocks: List[Block] = []
     for task in report.runs.tasks:
@@ -496,6 +510,10 @@ def blocks_of(report: Report, source: Path, out: Path, command: str) -> List[Blo
                 "warning",
             )
         )
+    mixed = _mixed(report)
+    if mixed:
+        told = "Seeds of one method were trained with different options, so that they are no sample"
+        blocks.append(Text(f"{told}: {'; '.join(mixed)}.", "warning"))
     blocks += [Heading(2, "In short"), Bullets(_in_short(report))]
     blocks += [Heading(2, "How to read this"), Bullets(HOW_TO_READ)]
     blocks.append(Heading(2, "Scores"))

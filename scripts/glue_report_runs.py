@@ -287,10 +287,10 @@ def _sharpness(folder: Path) -> Tuple[Dict[float, float], Optional[Dict[str, Any
 def read_task(folder: Path, methods: Optional[Sequence[str]] = None) -> Tuple[Metric, List[Run]]:
     """Read the runs of one task, in the order of method and seed."""
     found: Dict[Tuple[str, int], Path] = {}
-    for path in sorted(folder.iterdir()):  # the quick start's <run>.partial comes after <run>
+    for path in sorted(folder.iterdir()):  # <run>.partial, being made anew, comes after <run>
         match = re.fullmatch(r"(.+)-seed(\d+)(\.partial)?", path.name)
         if match and path.is_dir() and (methods is None or match.group(1) in methods):
-            found.setdefault((match.group(1), int(match.group(2))), path)
+            found[match.group(1), int(match.group(2))] = path
     logs: Dict[Tuple[str, int], Optional[Log]] = {}
     for key, path in found.items():
         log = path / "train.log"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -13,7 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
@@ -38,6 +40,8 @@ class Stage(NamedTuple):
         inputs: folders of earlier stages that it reads; remade whenever one of them was.
         seconds: expected on two cores, 0 if not known.
         spare: patterns of files that are removed when it is done.
+        files: that it reads, beside the absolute paths in the command; remade whenever the content
+            of one of them is another.
     """
 
     title: str
@@ -46,12 +50,46 @@ class Stage(NamedTuple):
     inputs: Sequence[Path] = ()
     seconds: int = 0
     spare: Sequence[str] = ()
+    files: Sequence[Path] = ()
 
 
 def fingerprint(stage: Stage) -> str:
-    """Tell by the command and by the inputs' fingerprints whether a result is still good."""
+    """Tell by the command and by what it reads whether a result is still good.
+
+    By which name Python was started makes no difference.
+    """
     inputs = [read_stamp(folder).get("fingerprint", "") for folder in stage.inputs]
-    return hashlib.sha256("\0".join([*stage.command, *inputs]).encode()).hexdigest()
+    program, *arguments = stage.command
+    program = "python" if program == sys.executable else program
+    given = [Path(word) for word in arguments if os.path.isabs(word) and os.path.isfile(word)]
+    made = [folder.absolute() for folder in stage.inputs]  # known by their fingerprints
+    given = [p for p in given if p.suffix != ".py" and not any(f in p.parents for f in made)]
+    told = [program, *arguments, *inputs, *map(content, [*given, *stage.files])]
+    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+
+
+def content(path: Path) -> str:
+    """Return a checksum of a file's content, of YAML that of its meaning; empty without a file."""
+    try:
+        facts = path.stat()
+    except OSError:
+        return ""
+    return _content(path, facts.st_size, facts.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=None)
+def _content(path: Path, size: int, changed: int) -> str:
+    digest = hashlib.sha256()
+    if path.suffix == ".yaml":
+        import yaml  # is there with fairseq
+
+        read = yaml.safe_load(path.read_text(encoding="utf-8"))
+        digest.update(json.dumps(read, sort_keys=True).encode())
+    else:
+        with path.open("rb") as file:
+            for block in iter(lambda: file.read(1 << 20), b""):
+                digest.update(block)
+    return digest.hexdigest()
 
 
 def read_stamp(folder: Path) -> dict:
@@ -102,12 +140,58 @@ def run(
     command is kept, so that training goes on from its last checkpoint.
 
     Raises:
-        StageError: the command failed.
+        StageError: the command failed, or another process makes the same folder.
     """
+    if not is_done(stage):
+        with locked(stage) as lock:
+            if not is_done(stage):
+                _make(stage, lock, position, cores, environment, stop)
+                return
+    print(f"[{position}] {stage.title}: already there", flush=True)
+
+
+@contextlib.contextmanager
+def locked(stage: Stage) -> Iterator[int]:
+    """Keep other processes from making the stage; the value is a file descriptor.
+
+    A command that inherits it holds the lock too: it may outlive this program, which may be killed.
+
+    Raises:
+        StageError: another process makes it.
+    """
+    path = stage.out.with_name(stage.out.name + ".lock")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    while True:
+        file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(file)
+            raise StageError(
+                f"{stage.title} is being made by another process in {stage.out}.partial; "
+                "wait for it, or end it"
+            ) from None
+        if path.exists() and os.path.samestat(os.fstat(file), path.stat()):
+            break
+        os.close(file)  # whoever had it before has just removed it
+    try:
+        yield file
+    finally:
+        with contextlib.suppress(FileNotFoundError):
+            path.unlink()
+        os.close(file)
+
+
+def _make(
+    stage: Stage,
+    lock: int,
+    position: str,
+    cores: int,
+    environment: Optional[Dict[str, str]],
+    stop: Optional[threading.Event],
+) -> None:
+    """Run a stage's command; ``lock`` is inherited by it."""
     mark = fingerprint(stage)
-    if is_done(stage):
-        print(f"[{position}] {stage.title}: already there", flush=True)
-        return
     partial = stage.out.with_name(stage.out.name + ".partial")
     started = partial / "started"
     if not started.exists() or started.read_text() != mark:
@@ -117,24 +201,16 @@ def run(
     log = partial / LOG
     command = [part.replace("{out}", str(partial)) for part in stage.command]
     begin = time.monotonic()
-    with log.open("ab") as output, (partial / "lock").open("w") as lock:
-        # Held by the command too: it may outlive this program, which may be killed.
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise StageError(
-                f"{stage.title} is being made by another process in {partial}; "
-                "wait for it, or end it"
-            ) from None
-        # Threads that wait asleep: a busy machine would stall ones that wait awake.
-        threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
-        variables = {**os.environ, **threads, "PYTHONHASHSEED": "0", **(environment or {})}
+    # Threads that wait asleep: a busy machine would stall ones that wait awake.
+    threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
+    variables = {**os.environ, **threads, "PYTHONHASHSEED": "0", **(environment or {})}
+    with log.open("ab") as output:
         process = subprocess.Popen(
             command,
             stdout=output,
             stderr=subprocess.STDOUT,
             env=variables,
-            pass_fds=[lock.fileno()],
+            pass_fds=[lock],
         )
         try:
             watch(process, stage, position, log, begin, stop)
@@ -155,9 +231,9 @@ def run(
             path.unlink()
     started.unlink()
     stamp = {"fingerprint": mark, "command": list(stage.command), "seconds": seconds}
-    (partial / "lock").unlink()
     (partial / STAMP).write_text(json.dumps(stamp, indent=1), encoding="utf-8")
     remove(stage.out)
+    remove(sharpness_folder(stage.out))  # of weights that are no more
     partial.rename(stage.out)
 
 
@@ -206,6 +282,12 @@ def split_words(words: Sequence[str]) -> Tuple[List[str], List[str]]:
     return list(words[:at]), list(words[at + 1 :])
 
 
+def option_words(option: str) -> List[str]:
+    """Return OPTION=VALUE, or OPTION, as words of a command; files by their absolute paths."""
+    name, *value = option.split("=", 1)
+    return ["--" + name, *(os.path.abspath(v) if os.path.isfile(v) else v for v in value)]
+
+
 def sharpness_stage(title: str, run: Path, data: Path, checkpoint: str, *options: object) -> Stage:
     """Return the stage that measures how sharp the minimum is that a run ended in.
 
@@ -220,8 +302,12 @@ def sharpness_stage(title: str, run: Path, data: Path, checkpoint: str, *options
         *(sys.executable, "-m", "deltasam_fairseq.sharpness", data, "--path", run / checkpoint),
         *(*options, "--max-batches", 10, "--json", "{out}/sharpness.json"),
     ]
-    out = run.with_name(run.name + "-sharpness")
-    return Stage(title, [str(word) for word in command], out, [run])
+    return Stage(title, [str(word) for word in command], sharpness_folder(run), [run])
+
+
+def sharpness_folder(run: Path) -> Path:
+    """Return the folder of what is measured of a run."""
+    return run.with_name(run.name + "-sharpness")
 
 
 def exit_code(work: Callable[[], object], program: str = "run.py") -> int:

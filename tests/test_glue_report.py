@@ -273,6 +273,32 @@ def test_lines_with_a_prefix_and_lines_cut_off():
     assert [epoch["valid_mcc"] for epoch in found.epochs] == [7]
 
 
+@needs_matplotlib
+def test_seeds_of_different_settings_are_told(tmp_path):
+    """A run of another length among those of a method, left from an earlier command."""
+
+    def report():
+        assert glue_report.main([str(tmp_path / "OUT"), "--out", str(tmp_path / "R")]) == 0
+        return (tmp_path / "R" / "report.md").read_text(encoding="utf-8")
+
+    for seed in (1, 2):
+        put(tmp_path / "OUT", "CoLA", f"adam-seed{seed}", log([50.0]))
+    assert "different options" not in report()
+    other = log([50.0])
+    other[0] = other[0].replace("seed=1", "seed=1, warmup_updates=7")
+    put(tmp_path / "OUT", "CoLA", "adam-seed3", other)
+    text = report()
+    assert "different options" in text and "CoLA adam: `warmup_updates` – / 7" in text
+
+
+def test_a_run_that_is_made_anew_does_not_count(tmp_path):
+    """The finished one beside its .partial is of other options, or it would not be made anew."""
+    out = tmp_path / "OUT"
+    put(out, "CoLA", "adam-seed1", log([50.0]))
+    put(out, "CoLA", "adam-seed1.partial", log([60.0]))
+    assert [run.state for run in read_runs(out).runs] == ["incomplete"]
+
+
 # --- runs that do not count -------------------------------------------------------------------
 @pytest.fixture
 def broken(tmp_path):

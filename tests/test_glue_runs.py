@@ -2,6 +2,7 @@
 
 import csv
 import fcntl
+import importlib.util
 import itertools
 import json
 import os
@@ -9,10 +10,12 @@ import re
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
 import tiny
+import torch
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -155,7 +158,7 @@ class TestRunner:
         log = (out / "RTE" / "distill+delta_sam-seed1" / "train.log").read_text()
         assert '"train_distill_agreement"' in log and '"train_sharpness"' in log
         assert "already there" in run(prepared, out, *more, "--", *SMALL)
-        (teacher.parent / "stage.json").write_text('{"fingerprint": "another"}')
+        torch.save({**torch.load(teacher, weights_only=False), "other": 1}, teacher)
         assert "already there" not in run(prepared, out, *more, "--", *SMALL)
 
     def test_a_failed_run_is_named_and_stops_no_other(self, prepared, tmp_path):
@@ -169,14 +172,24 @@ class TestRunner:
 
     def test_two_at_once_do_not_write_the_same_run(self, prepared, tmp_path):
         """A run that is still being made, by a program that was killed say, is left alone."""
-        folder = tmp_path / "out" / "RTE" / "adam-seed1.partial"
         out = tmp_path / "out"
-        run(prepared, out, "--methods", "adam", "--", *SMALL, "optimizer.nonsense=1", code=1)
-        with (folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            more = ["--methods", "adam", "--", *SMALL, "optimizer.nonsense=1"]
-            text = run(prepared, out, *more, code=1)
+        lock = out / "RTE" / "adam-seed1.lock"
+        lock.parent.mkdir(parents=True)
+        with lock.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            text = run(prepared, out, "--methods", "adam", "--", *SMALL, code=1)
         assert "is being made by another process" in text
+
+    def test_paths_with_signs_of_hydras_grammar(self, prepared, tmp_path):
+        out = tmp_path / "lr=2e-5, é (a~b)"
+        text = run(prepared, out, "--methods", "adam", "--", *SMALL)
+        assert "1 of 1 runs are done" in text and (out / "RTE" / "adam-seed1").is_dir()
+
+    def test_sharpness_of_runs_that_kept_no_checkpoint(self, prepared, tmp_path):
+        more = ["--methods", "adam", "--", *SMALL]
+        run(prepared, tmp_path / "out", "--keep", "none", *more)
+        text = run(prepared, tmp_path / "out", "--sharpness", *more, code=2)
+        assert "1 runs that are there kept no checkpoint" in text and "adam-seed1" in text
 
     def test_list_and_only(self, prepared, tmp_path):
         more = ["--tasks", "RTE", "CoLA", "--seeds", "1", "2", "--keep", "none"]
@@ -293,6 +306,13 @@ class TestSearch:
         chosen = scores[f"delta_sam-rho{rho:g}-beta{beta:g}"]
         assert chosen == max(v for k, v in scores.items() if k.startswith("delta_sam"))
         assert search(raw, tmp_path, *more).count("already there") == 5
+        kept = {**record, "chosen": {"RTE": {"sam_rho": 1}}, "scores": {"RTE": {}}}
+        (tmp_path / "chosen.json").write_text(json.dumps(kept))
+        search(raw, tmp_path, *more)  # of another task: what was chosen before stays
+        both = json.loads((tmp_path / "chosen.json").read_text())
+        assert both["chosen"] == {**kept["chosen"], **record["chosen"]}
+        assert both["scores"] == {"RTE": {}, "CoLA": scores}
+        assert "another overrides" in search(raw, tmp_path, *more, "common.seed=1", code=1)
 
     @pytest.mark.parametrize(
         "options, expected",
@@ -312,14 +332,26 @@ class TestSearch:
         assert not (tmp_path / "chosen.json").exists()
 
 
-def test_every_method_of_every_task_has_its_files(monkeypatch):
-    monkeypatch.syspath_prepend(str(GLUE))
+def glue_run(monkeypatch):
+    """run.py as a module."""
     monkeypatch.setattr(sys, "path", [str(GLUE), *sys.path])
-    import importlib.util
-
     spec = importlib.util.spec_from_file_location("glue_run", GLUE / "run.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_the_gpus_are_those_that_the_user_left_visible(monkeypatch):
+    module, one = glue_run(monkeypatch), types.SimpleNamespace(jobs=None)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3a")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.places(one, 2)] == ["2", "GPU-3a"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.places(one, 2)] == ["0", "1"]
+    assert module.places(one, 0) == [{}]
+
+
+def test_every_method_of_every_task_has_its_files(monkeypatch):
+    module = glue_run(monkeypatch)
     methods = [*module.OPTIMIZERS, *module.REGULARISERS]
     methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
     methods += [f"{m}+{a}" for m in methods for a in module.AVERAGES]

@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -29,6 +30,8 @@ sys.path.insert(0, str(SCRIPTS))
 from stages import (  # noqa: E402
     Stage,
     exit_code,
+    is_done,
+    option_words,
     run_all,
     run_side_by_side,
     sharpness_stage,
@@ -86,7 +89,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
         help="for --glue-dir",
     )
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
-    add("--bpe-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of prepare_glue.py")
+    add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of prepare_glue.py")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
     add("--jobs", type=positive, help="runs at a time (default: one a GPU, or one)")
     add("--cores", type=positive, default=2, help="CPU threads of each run (default: 2)")
@@ -243,12 +246,16 @@ def read_chosen(
     return chosen
 
 
-def preparation(args: argparse.Namespace, *more: str) -> List[Stage]:
-    """Return the stages that encode the tasks, with more options; sets where their data is."""
+def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> List[Stage]:
+    """Return the stages that encode the tasks; sets where their data is.
+
+    Args:
+        held_out: share of train.tsv to validate with, in place of dev.tsv.
+    """
     if args.data is not None:
         return []
     args.data = args.out / "data"
-    bpe = [word for option in args.bpe_options for word in ("--" + option).split("=", 1)]
+    bpe = [word for option in args.bpe_options for word in option_words(option)]
     return [
         Stage(
             f"encode {task}",
@@ -256,13 +263,23 @@ def preparation(args: argparse.Namespace, *more: str) -> List[Stage]:
                 *(PYTHON, str(SCRIPTS / "prepare_glue.py"), "--glue-dir", str(args.glue_dir)),
                 *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
                 *(("--any-rows",) if args.any_rows else ()),
-                *more,
+                *(() if held_out is None else ("--hold-out", f"{held_out:g}")),
                 *("--out", "{out}"),
             ],
             args.data / task,
+            files=[
+                path
+                for path in sorted((args.glue_dir / task).glob("*.tsv"))
+                if not (held_out and path.name.startswith("dev"))  # which is not read then
+            ],
         )
         for task in args.tasks
     ]
+
+
+def quoted(path: Path) -> str:
+    """Return a path as the value of a hydra override, which may have signs of hydra's grammar."""
+    return "'" + str(path).replace("'", "\\'") + "'"
 
 
 def training(
@@ -281,23 +298,35 @@ def training(
         *("--config-dir", str(CONFIG), "--config-name", "glue"),
         f"+backbone={args.backbone}",
         f"+recipe={args.recipe}/{task}",
-        f"common.user_dir={ROOT / 'deltasam_fairseq'}",
+        f"common.user_dir={quoted(ROOT / 'deltasam_fairseq')}",
         f"common.seed={seed}",
         f"common.cpu={str(not gpus).lower()}",
         *PRECISIONS[precision],
-        f"task.data={args.data / task}",
-        f"checkpoint.finetune_from_model={args.checkpoint}",
-        "checkpoint.save_dir={out}",
-        "common.log_file={out}/train.log",
-        "hydra.run.dir={out}/hydra",
+        f"task.data={quoted(args.data / task)}",
+        f"checkpoint.finetune_from_model={quoted(args.checkpoint)}",
+        "checkpoint.save_dir='{out}'",
+        "common.log_file='{out}/train.log'",
+        "hydra.run.dir='{out}/hydra'",
         "distributed_training.distributed_world_size=1",
         # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
         "dataset.data_buffer_size=0",
         *overrides,
     ]
     spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
-    out = args.out / task / f"{name}-seed{seed}"
-    return Stage(f"{task} {name} seed {seed}", command, out, [args.data / task], spare=spare)
+    data = args.data / task
+    groups = [word[1:].split("=", 1) for word in command if word.startswith("+") and "=" in word]
+    return Stage(
+        f"{task} {name} seed {seed}",
+        command,
+        args.out / task / f"{name}-seed{seed}",
+        [data],
+        spare=spare,
+        files=[
+            CONFIG / "glue.yaml",
+            *(CONFIG / group / f"{value}.yaml" for group, value in groups),
+            *(data / "task.json", args.checkpoint),
+        ],
+    )
 
 
 def taught(stage: Stage, teacher: Optional[Path]) -> Stage:
@@ -305,8 +334,8 @@ def taught(stage: Stage, teacher: Optional[Path]) -> Stage:
     if teacher is None:
         return stage
     return stage._replace(
-        command=[*stage.command, f"criterion.distill_teacher={teacher}"],
-        inputs=[*stage.inputs, teacher.parent],
+        command=[*stage.command, f"criterion.distill_teacher={quoted(teacher)}"],
+        files=[*stage.files, teacher],
     )
 
 
@@ -319,8 +348,10 @@ def absolute(args: argparse.Namespace) -> None:
 
 def places(args: argparse.Namespace, gpus: int) -> List[Dict[str, str]]:
     """Return the environment of each place where a run can be made."""
+    told = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = told.split(",") if told else [str(i) for i in range(gpus)]
     return [
-        {"CUDA_VISIBLE_DEVICES": str(i % gpus)} if gpus else {}
+        {"CUDA_VISIBLE_DEVICES": own[i % gpus]} if gpus else {}
         for i in range(args.jobs or max(gpus, 1))
     ]
 
@@ -364,6 +395,15 @@ def main() -> int:
         for number, stage in enumerate(runs):
             print(f"{number:4} {stage.title}")
         return 0
+    if args.sharpness:
+        unkept = [s for s in runs if is_done(s) and not (s.out / "checkpoint_best.pt").is_file()]
+        if unkept:
+            options.exit(
+                2,
+                f"run.py: --sharpness: {len(unkept)} runs that are there kept no checkpoint, as "
+                f"{unkept[0].out}; remove their folders, to have them made again, or give another "
+                "--out\n",
+            )
     if args.only is not None and not 0 <= args.only < len(runs):
         options.exit(2, f"run.py: --only {args.only}: there are runs 0 to {len(runs) - 1}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
@@ -384,7 +424,7 @@ def main() -> int:
     print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")
     report = [PYTHON, str(SCRIPTS / "glue_report.py"), str(args.out)]
     code = subprocess.call([*report, "--out", str(args.out / "report")])
-    return code or bool(failed)
+    return 1 if failed else code
 
 
 if __name__ == "__main__":

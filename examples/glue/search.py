@@ -8,7 +8,7 @@ A share of train.tsv's rows, always the same ones, is held out to validate with 
 rest is trained on.  First SAM with every rho; then delta-SAM with every beta, at the rho that was
 the best of SAM's.  The best is that with the highest mean over --seeds of the task's own metric; of
 equal ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips
-what is done and goes on with what was cut.
+what is done and goes on with what was cut; other tasks are added to the same ``chosen.json``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import math
 import signal
 import sys
 from pathlib import Path
-from typing import Dict, List, Tuple
+from typing import Any, Dict, List, Tuple
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
@@ -117,17 +117,9 @@ def try_out(
     return chosen, scores
 
 
-def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
-    """Make the runs of both steps and write ``chosen.json``."""
-    run_all(glue.preparation(args, "--hold-out", f"{args.hold_out:g}"), args.cores)
-    rhos: Dict[str, List[Dict[str, float]]]
-    rhos = {task: [{RHO: rho} for rho in args.rho] for task in args.tasks}
-    sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
-    betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
-    chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus)
-    record = {
-        "chosen": chosen,
-        "scores": {task: {**sam_scores[task], **scores[task]} for task in args.tasks},
+def record_of(args: argparse.Namespace, overrides: List[str]) -> Dict[str, Any]:
+    """Return what a choice depends on beside the task."""
+    return {
         "backbone": args.backbone,
         "recipe": args.recipe,
         "checkpoint": str(args.checkpoint),
@@ -135,7 +127,42 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
         "seeds": args.seeds,
         "overrides": overrides,
     }
-    path = args.out / "chosen.json"
+
+
+def earlier(path: Path, facts: Dict[str, Any]) -> Dict[str, Any]:
+    """Return what an earlier call chose for other tasks.
+
+    Raises:
+        StageError: it was made in another way, so that it cannot be in the same file.
+    """
+    if not path.is_file():
+        return {"chosen": {}, "scores": {}}
+    found: Dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    for key, value in facts.items():
+        if found.get(key) != value:
+            raise StageError(
+                f"{path} was made with another {key}, {found.get(key)}, now {value}; give another "
+                "--out, or remove it"
+            )
+    return found
+
+
+def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
+    """Make the runs of both steps and write ``chosen.json``."""
+    path, facts = args.out / "chosen.json", record_of(args, overrides)
+    before = earlier(path, facts)
+    run_all(glue.preparation(args, args.hold_out), args.cores)
+    rhos: Dict[str, List[Dict[str, float]]]
+    rhos = {task: [{RHO: rho} for rho in args.rho] for task in args.tasks}
+    sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
+    betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
+    chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus)
+    scores = {task: {**sam_scores[task], **scores[task]} for task in args.tasks}
+    record = {
+        "chosen": {**before["chosen"], **chosen},
+        "scores": {**before["scores"], **scores},
+        **facts,
+    }
     partial = path.with_suffix(".partial")
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(path)

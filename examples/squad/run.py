@@ -21,7 +21,14 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ROOT / "scripts"
 sys.path.insert(0, str(SCRIPTS))
 
-from stages import Stage, exit_code, run_all, sharpness_stage, split_words  # noqa: E402
+from stages import (  # noqa: E402
+    Stage,
+    exit_code,
+    option_words,
+    run_all,
+    sharpness_stage,
+    split_words,
+)
 
 PYTHON = sys.executable
 
@@ -65,7 +72,9 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", default="roberta_base", help="of --checkpoint (default: roberta_base)")
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
     add("--bpe", choices=("gpt2", "sentencepiece", "wordpiece"), default="gpt2", help="its BPE")
-    add("--bpe-options", nargs="*", default=[], metavar="OPTION=VALUE", help="of prepare_squad.py")
+    add(
+        "--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of prepare_squad.py"
+    )
     add("--optimizers", nargs="+", default=["adam", "delta_sam_adam"])
     add("--seeds", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
     add("--sam-rho", type=float, default=0.05, help="radius of the ascent (default: 0.05)")
@@ -86,9 +95,6 @@ def check(args: argparse.Namespace) -> Optional[str]:
         for name, path in {**given, "dict": args.dict}.items():
             if not path.is_file():
                 return f"--{name} {path}: no such file"
-    for word in args.bpe_options:
-        if "=" not in word:
-            return f"--bpe-options {word}: give NAME=VALUE, as in wordpiece-vocab=vocab.txt"
     return None
 
 
@@ -103,9 +109,7 @@ def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
     if args.train is not None:
         files = ["--train", args.train.absolute(), "--valid", args.valid.absolute()]
         files += ["--dict", args.dict.absolute(), "--bpe", args.bpe]
-        for word in args.bpe_options:
-            name, _, value = word.partition("=")
-            files += [f"--{name}", value]
+        files += [word for option in args.bpe_options for word in option_words(option)]
     else:
         qa, lm = work / "qa", work / "vocabulary"
         make = script("make_qa_data", *QUESTIONS, "--out", "{out}")
