@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,6 +66,14 @@ def read_labels(data: Path, classes: int) -> List[str]:
     if len(names) < classes:
         raise ValueError(f"{path} has {len(names)} labels, the checkpoint {classes} classes")
     return names[:classes]
+
+
+def read_scale(data: Path) -> float:
+    """What a prediction of a score has to be multiplied by; 1 without prepare_glue.py's record."""
+    path = data / "task.json"
+    if not path.is_file():
+        return 1.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["scale"] or 1.0)
 
 
 def read_model(checkpoint: Path, dictionary: Dictionary) -> Any:
@@ -206,11 +215,17 @@ def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = N
     classes = classification_head(model).out_proj.out_features
     config = hf_config(model, model_type, symbols, read_labels(data, classes))
     weights = hf_weights(model, config, rows)
+    scale = read_scale(data) if classes == 1 else 1.0
+    for name in ("weight", "bias"):
+        weights[f"{FAMILIES[model_type].head_out}.{name}"] *= scale
     save_file = safetensors_torch().save_file
     with written(out) as part:
         write_json(part / "config.json", config)
         save_file(weights, str(part / "model.safetensors"), metadata={"format": "pt"})
         if tokenizer is not None:
             copy_tokenizer(tokenizer, part)
+    scaled = f", scores times {scale:g} as in the data's TSV" if scale != 1 else ""
     ids = f"ids and tokenizer of {tokenizer}" if tokenizer else "fairseq's ids, no tokenizer"
-    return [f"{checkpoint} -> {out}: {config['architectures'][0]}, {classes} classes, {ids}"]
+    return [
+        f"{checkpoint} -> {out}: {config['architectures'][0]}, {classes} classes, {ids}{scaled}"
+    ]

@@ -235,3 +235,11 @@ def write_task(
         print(f"{name} {split.name}: {len(table.ids)} rows{dropped}, {unknown:.1%} <unk> -> {out}")
     classes = f"{len(task.labels)}" if task.labels else "1 --regression-target"
     print(f"{name}: fairseq-train {out} --num-classes {classes}", flush=True)
+
+
+def without_paths(value: Any) -> Any:
+    """A value of `RECORD` to compare: of the files of a BPE not where they are."""
+    if not isinstance(value, dict):
+        return value
+    cased = value.get("options", {}).get("wordpiece_cased", False)
+    return value.get("name"), value["sha256"], cased

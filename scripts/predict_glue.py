@@ -20,8 +20,14 @@ from typing import Any, Dict, List, Sequence
 
 import torch
 from fairseq import checkpoint_utils, utils
+from fairseq.data import Dictionary
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from glue_splits import without_paths  # noqa: E402
+from glue_tasks import TASKS  # noqa: E402
+
 NAMES = {("MNLI", "test"): "MNLI-m", ("MNLI", "test1"): "MNLI-mm"}
 
 
@@ -51,7 +57,7 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
     """Compare the task of the data with that of the data which the checkpoint was trained on.
 
     Raises:
-        PredictionError: they differ in task, kind or encoding, as far as it can be known.
+        PredictionError: they differ in task, kind, labels or encoding, as far as it can be known.
     """
     if not path.is_file():
         raise PredictionError(f"--path {path}: no such file")
@@ -64,11 +70,24 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
             raise PredictionError(
                 f"--path {path}: trained on {made['task']}, the data is {record['task']}"
             )
-        if made["bpe"]["sha256"] != record["bpe"]["sha256"]:
+        if without_paths(made["bpe"]) != without_paths(record["bpe"]):
             raise PredictionError(
                 f"--path {path}: trained on data of another BPE or dictionary; run prepare_glue.py "
                 f"with what {origin.parent} was made with"
             )
+    names = origin.parent / "label" / "dict.txt"
+    if names.is_file() and record["scale"] is None:
+        labels = Dictionary.load(str(names)).symbols[Dictionary().nspecial :]
+        if labels[: len(record["labels"])] != list(record["labels"]):
+            raise PredictionError(
+                f"--path {path}: trained with the labels {' '.join(labels)} in this order, the "
+                f"data has {' '.join(record['labels'])}: its classes mean other labels; train it "
+                "on data that prepare_glue.py made"
+            )
+    elif not origin.parent.is_dir():
+        print(
+            f"{path}: the data that it was trained on is not here, so its labels are not compared"
+        )
     scores = (state["cfg"]["criterion"] or {}).get("regression_target", False)
     classes = options.get("num_classes", 0)
     found = "scores" if scores else f"{classes} classes"
@@ -100,13 +119,16 @@ def scores(models: Sequence[Any], task: Any, cfg: Any, split: str, batch_size: i
 
 
 def answers(record: Dict[str, Any], task: Any, rows: torch.Tensor) -> List[str]:
-    """Return one line a sentence: its label's name, or its score on the task's scale.
+    """Return one line a sentence: its label's name, or its score on the task's scale, within it.
 
     Raises:
         PredictionError: the model was trained with other labels.
     """
     if record["scale"] is not None:
-        return [f"{score:.3f}" for score in (rows.view(-1) * record["scale"]).clamp(min=0).tolist()]
+        found = rows.view(-1) * record["scale"]
+        if record["task"] in TASKS:  # of a task of the user's the range is not known
+            found = found.clamp(0, record["scale"])
+        return [f"{score:.3f}" for score in found.tolist()]
     labels = record["labels"]
     symbols = task.label_dictionary.symbols[task.label_dictionary.nspecial :][: len(labels)]
     if rows.size(1) != len(labels) or list(symbols) != list(labels):
@@ -131,6 +153,8 @@ def main() -> int:
         record = read_record(args.data)
         for path in args.path:
             check_origin(path, record)
+        if args.out.exists() and not args.out.is_dir():
+            raise PredictionError(f"--out {args.out}: is a file; give a folder")
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
         )

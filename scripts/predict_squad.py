@@ -23,6 +23,7 @@ import torch
 from binarize import write_whole
 from encoding_options import positive
 from fairseq import checkpoint_utils, utils
+from glue_splits import without_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.append(str(ROOT))  # for a plugin that is not installed
@@ -56,6 +57,8 @@ def check(args: argparse.Namespace) -> Dict[str, Any]:
         raise PredictionError(f"--data {error}") from error
     for path in args.path:
         check_checkpoint(path, record)
+    if args.out.exists() and not args.out.is_dir():
+        raise PredictionError(f"--out {args.out}: is a file; give a folder")
     splits = record["splits"]
     if args.split not in splits:
         raise PredictionError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
@@ -94,15 +97,11 @@ def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
         return
     made = read_record(origin)
     for key in ("bpe", "separators"):
-        if _without_paths(made.get(key)) != _without_paths(record.get(key)):
+        if without_paths(made.get(key)) != without_paths(record.get(key)):
             raise PredictionError(
                 f"--path {path}: trained on data of another {key}; run prepare_squad.py with what "
                 f"{origin} was made with"
             )
-
-
-def _without_paths(value: Any) -> Any:
-    return value["sha256"] if isinstance(value, dict) else value
 
 
 @torch.no_grad()
@@ -110,6 +109,7 @@ def candidates(
     models: Sequence[Any], task: Any, criterion: Any, split: str, batch_size: int
 ) -> Dict[int, Candidate]:
     """Return the best answer to every question, by its number, from all of its windows."""
+    task.needs_answers = False
     task.load_dataset(split)
     iterator = task.get_batch_iterator(task.dataset(split), max_sentences=batch_size)
     found: Dict[int, Candidate] = {}

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 import numpy as np
 from binarize import Dictionary, Encoding, Map, in_chunks, tools, write_items, write_whole
 from glue_cache import sha256
-from glue_splits import RECORD, read_record
+from glue_splits import RECORD, read_record, without_paths
 from offsets import Encoded, encode
 from squad_files import Question, Squad, SquadError, read_squad
 from squad_windows import Layout, Window
@@ -168,20 +168,13 @@ def others(splits: List[Split], description: Dict[str, Any]) -> Dict[str, Any]:
         return {}
     old = json.loads((out / RECORD).read_text(encoding="utf-8"))
     for key, value in description.items():
-        if _without_paths(old.get(key)) != _without_paths(value):
+        if without_paths(old.get(key)) != without_paths(value):
             files = " ".join(f"--{name} JSON" for name in found)
             raise SquadError(
                 f"--out {out} also has {', '.join(found)}, made with another {key}: make them anew "
                 f"by giving {files} too, or give another --out"
             )
     return found
-
-
-def _without_paths(value: Any) -> Any:
-    """The same for the files of a BPE wherever they are."""
-    if not isinstance(value, dict):
-        return value
-    return value["name"], value["sha256"], value["options"].get("wordpiece_cased", False)
 
 
 def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, run: Map) -> None:

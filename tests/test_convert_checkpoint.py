@@ -284,6 +284,19 @@ class TestToFairseq:
         torch.testing.assert_close(back.eval()(**batch).logits, expected, **EXACT)
         assert back.config.id2label == {0: "LABEL_0", 1: "LABEL_1", 2: "LABEL_2"}
 
+    @torch.no_grad()
+    def test_a_score_comes_back_on_the_scale_of_the_data(self, tmp_path, family):
+        """STS-B: the model predicts a fifth of the score, what is exported the score."""
+        hf, folder = folder_of(tmp_path, family, num_labels=1)
+        to_fairseq(folder, tmp_path / "fs")
+        (tmp_path / "fs" / "task.json").write_text(json.dumps({"scale": 5.0}))
+        told = to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "back", folder)
+        assert "scores times 5" in told[-1]
+        auto = transformers.AutoModelForSequenceClassification
+        batch = bert_batch() if family == "bert" else roberta_batch()
+        found = auto.from_pretrained(tmp_path / "back").eval()(**batch).logits
+        torch.testing.assert_close(found, 5 * hf(**batch).logits, **EXACT)
+
     def test_printed_options_build_the_checkpoints_model(self, tmp_path, family):
         """They are what fairseq-train needs for exactly these weights."""
         _, folder = folder_of(tmp_path, family)

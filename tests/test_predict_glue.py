@@ -81,6 +81,32 @@ def test_scores_are_scaled_once_and_not_negative(tmp_path):
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
 
 
+def test_range_of_scores(monkeypatch):
+    """STS-B's is known, that of a task of the user's is not."""
+    monkeypatch.syspath_prepend(str(ROOT / "scripts"))
+    import predict_glue
+
+    rows = torch.tensor([[1.03], [-0.5], [0.25]])
+    scores = {
+        task: predict_glue.answers({"task": task, "scale": 5.0}, None, rows)
+        for task in ("STS-B", "mood")
+    }
+    assert scores["STS-B"] == ["5.000", "0.000", "1.250"]
+    assert scores["mood"] == ["5.150", "-2.500", "1.250"]
+
+
+def test_labels_in_another_order_are_refused(tmp_path):
+    """fairseq's own preparation sorts labels by how often they are."""
+    data, _ = prepared(tmp_path / "data", "RTE", regression=False)
+    path = trained(data, tmp_path / "run")
+    (data / "task.json").unlink()
+    other, _ = prepared(tmp_path / "other", "RTE", regression=False)
+    record = json.loads((other / "task.json").read_text())
+    (other / "task.json").write_text(json.dumps({**record, "labels": LABELS[::-1]}))
+    message = predict("--data", other, "--path", path, "--out", tmp_path / "out", code=2)
+    assert f"trained with the labels {' '.join(LABELS)} in this order" in message
+
+
 def test_several_checkpoints_and_both_parts_of_mnli(tmp_path):
     data, rows = prepared(tmp_path / "data", "MNLI", regression=False)
     paths = [trained(data, tmp_path / seed, "--lr", "0.1", seed=seed) for seed in ("3", "4")]

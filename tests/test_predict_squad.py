@@ -129,7 +129,35 @@ def test_errors(span_prediction, classification, trained, tmp_path):
     (other / "task.json").write_text(json.dumps(record))
     message = predict("--data", other, "--path", trained[0], *out, code=2)
     assert "trained on data of another bpe" in message
+    record["bpe"] = {"name": "wordpiece", "sha256": {}, "options": {"wordpiece_cased": True}}
+    (other / "task.json").write_text(json.dumps(record))
+    shutil.copytree(str(span_prediction), str(tmp_path / "origin"))
+    state = torch.load(trained[0], weights_only=False)
+    state["cfg"]["task"]["data"] = str(tmp_path / "origin")
+    torch.save(state, tmp_path / "uncased.pt")
+    record["bpe"]["options"]["wordpiece_cased"] = False
+    (tmp_path / "origin" / "task.json").write_text(json.dumps(record))
+    message = predict("--data", other, "--path", tmp_path / "uncased.pt", *out, code=2)
+    assert "trained on data of another bpe" in message
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("a file")
+    message = predict(*data, "--path", trained[0], *out, code=2)
+    assert "is a file; give a folder" in message
+
+
+def test_a_split_without_answers(span_prediction, trained, tmp_path):
+    """It is predicted, without metrics; there is nothing to validate with."""
+    data = Path(shutil.copytree(str(span_prediction), str(tmp_path / "data")))
+    record = json.loads((data / "task.json").read_text())
+    record["splits"]["valid"]["labelled"] = False
+    (data / "task.json").write_text(json.dumps(record))
+    predict("--data", data, "--path", trained[0], "--out", tmp_path / "out")
+    assert set(read(tmp_path / "out")) == {"predictions", "null_odds"}
+    _, _, task = checkpoint_utils.load_model_ensemble_and_task(
+        [str(trained[0])], arg_overrides={"data": str(data)}
+    )
+    with pytest.raises(ValueError, match="the split valid has no answers.*predict_squad.py"):
+        task.load_dataset("valid")
 
 
 def test_checkpoints_that_are_none(span_prediction, trained, tmp_path):

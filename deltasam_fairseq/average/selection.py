@@ -55,13 +55,14 @@ def _best(folder: str, n: int) -> List[str]:
     paths = sorted(
         os.path.join(folder, name) for name in PathManager.ls(folder) if _ANY.fullmatch(name)
     )
-    ranked: Dict[int, Tuple[float, str]] = {}  # a file may stand there under two names
+    # The key is the number of updates: a file may stand there under two names.
+    ranked: Dict[int, Tuple[float, float, str]] = {}
     for path in paths:
         metric, updates, maximize = _score(path)
         if math.isnan(metric):
             logger.info(f"{path}: left out, saved without validation or with NaN as its metric")
             continue
-        ranked[updates] = (metric if maximize else -metric, path)
+        ranked[updates] = (metric if maximize else -metric, metric, path)
     if paths and not ranked:
         raise UsageError(
             f"--best {n}: no checkpoint in {folder} has a validation metric; use --last-epochs or "
@@ -70,9 +71,9 @@ def _best(folder: str, n: int) -> List[str]:
     chosen = sorted(ranked, key=lambda updates: (ranked[updates][0], updates))[-n:]
     if len(chosen) == n:
         for updates in sorted(chosen):
-            value, path = ranked[updates]
-            logger.info(f"{path}: metric {abs(value):g} after {updates} updates")
-    return [ranked[updates][1] for updates in sorted(chosen)]
+            _, metric, path = ranked[updates]
+            logger.info(f"{path}: metric {metric:g} after {updates} updates")
+    return [ranked[updates][2] for updates in sorted(chosen)]
 
 
 def selected(args: argparse.Namespace) -> List[str]:

@@ -16,7 +16,11 @@ from deltasam_fairseq.criterions.objectives import Span
 from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.plain import NoRegulariser
 from deltasam_fairseq.criterions.regularised import RegularisedCriterion, RegularisedLosses
-from deltasam_fairseq.criterions.span_predictions import WindowPrediction, log_answers
+from deltasam_fairseq.criterions.span_predictions import (
+    WindowPrediction,
+    Windows,
+    log_answers,
+)
 from deltasam_fairseq.criterions.spans import Spans, best_spans, context_mask
 
 
@@ -75,8 +79,8 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
         """The best span of every window, of log-probabilities of shape (B, 2, T)."""
         return best_spans(scores.detach(), sample["window"], self.max_answer_length)
 
-    def _judged(self, sample: Dict[str, Any], spans: Spans) -> List[Tuple[Any, ...]]:
-        found: List[Tuple[Any, ...]] = []
+    def _judged(self, sample: Dict[str, Any], spans: Spans) -> Windows:
+        found = Windows()
         for number, text, score, null in self.answers(sample, spans):
             question = self.task.questions[number]
             golds, version_2 = question.answers, question.version_2

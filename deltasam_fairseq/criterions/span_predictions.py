@@ -1,6 +1,6 @@
 """Exact match and F1 over all questions of a validation, of predictions of their windows."""
 
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from fairseq.logging import metrics
 from fairseq.logging.meters import Meter, safe_round
@@ -28,6 +28,13 @@ class WindowPrediction(NamedTuple):
     f1: float
     no_answer: float
     threshold: Optional[float]
+
+
+class Windows(List[Tuple[Any, ...]]):
+    """`WindowPrediction`s of a batch, of which fairseq-validate shows in its log how many."""
+
+    def __str__(self) -> str:
+        return str(len(self))
 
 
 class Questions(Meter):

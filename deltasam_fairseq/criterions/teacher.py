@@ -85,7 +85,7 @@ def load_teacher(path: str, task: Any, head: Optional[str]) -> nn.Module:
 
     Raises:
         ValueError: if the checkpoint is of another dictionary, has no such head, or has one with
-            another number of classes.
+            another number of classes, or a decoder that the task has no input for.
     """
     weights, model_cfg = _read(path)
     _check_dictionary(path, task, weights)
@@ -97,6 +97,11 @@ def load_teacher(path: str, task: Any, head: Optional[str]) -> nn.Module:
         raise ValueError(
             f"--distill-teacher {path}: a teacher with --adaptive-softmax-cutoff has no logits of "
             "the whole vocabulary; take one without"
+        )
+    if hasattr(model, "decoder") and getattr(task.cfg, "add_prev_output_tokens", True) is False:
+        raise ValueError(
+            f"--distill-teacher {path}: the teacher has a decoder, which needs an input of its "
+            "own; give --add-prev-output-tokens, which a student without decoder does not mind"
         )
     model.load_state_dict(weights, strict=True, model_cfg=model_cfg)
     return model

@@ -43,6 +43,6 @@ def register_span_head(model: Any) -> None:
     if not isinstance(model, RobertaModel):
         raise ValueError(
             f"--arch of {type(model).__name__}: span prediction needs an encoder with heads; use "
-            "--arch roberta_base, roberta_large, xlmr or bert"
+            "--arch roberta_base or roberta_large (XLM-R is one too), or bert"
         )
     model.classification_heads[SPAN_HEAD] = SpanHead(model.args.encoder_embed_dim)

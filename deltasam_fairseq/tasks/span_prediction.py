@@ -56,9 +56,11 @@ class SpanPredictionTask(FairseqTask):
     Attributes:
         questions: of all splits that were loaded, by number.
         head_name: of the model's head.
+        needs_answers: whether splits without answers are refused; prediction needs none.
     """
 
     head_name = SPAN_HEAD
+    needs_answers = True
 
     def __init__(self, cfg: Any, dictionary: Dictionary) -> None:
         super().__init__(cfg)
@@ -89,13 +91,24 @@ class SpanPredictionTask(FairseqTask):
         return cls(cfg, cls.load_dictionary(str(Path(cfg.data) / "dict.txt")))
 
     def load_dataset(self, split: str, combine: bool = False, **kwargs: Any) -> Any:
-        """Load a split, such as train, valid, test."""
+        """Load a split, such as train, valid, test.
+
+        Raises:
+            FileNotFoundError: there is no such split.
+            ValueError: it has no answers, to train on or to validate with.
+        """
         data = Path(self.cfg.data)
         splits = read_record(data)["splits"]
         if split not in splits:
             raise FileNotFoundError(
                 f"{data} has no split {split}, it has {', '.join(splits) or 'none'}; make it with "
                 "scripts/prepare_squad.py"
+            )
+        if self.needs_answers and not splits[split].get("labelled", True):
+            raise ValueError(
+                f"{data}: the split {split} has no answers, so that there is nothing to train on "
+                "or to validate with; leave it out of --valid-subset, and use "
+                "scripts/predict_squad.py for its answers"
             )
         tokens = data_utils.load_indexed_dataset(str(data / split), self.dictionary)
         columns = read_windows(data / split)

@@ -105,6 +105,13 @@ def scored(folder, metrics):
         torch.save(state, folder / f"checkpoint{i}.pt")
 
 
+def test_the_log_has_the_metric_as_it_is(tmp_path, capsys, caplog):
+    scored(tmp_path / "run", [-3.25, 7.5])
+    caplog.set_level("INFO")
+    call(capsys, tmp_path / "run", "--best", 2, "--output", tmp_path / "out.pt")
+    assert "metric -3.25 after" in caplog.text and "metric 7.5 after" in caplog.text
+
+
 @pytest.mark.parametrize("absent", [float("nan"), None])
 def test_the_best_of_those_with_a_metric(tmp_path, capsys, caplog, absent):
     """Of 2, -, 1, 3, - the best two are the first and the third: (1 + 3) / 2 = 2."""

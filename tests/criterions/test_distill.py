@@ -232,6 +232,19 @@ class TestTeacher:
         expected = F.cross_entropy(logits, sample["target"].view(-1), reduction="sum")
         torch.testing.assert_close(log["distill_teacher_loss"], expected.detach())
 
+    def test_of_bart(self, data, tmp_path):
+        """With the input that its decoder needs; without it, it is refused before training."""
+        more = ["--arch", "bart_base", "--decoder-layers", "1", "--decoder-embed-dim", "24"]
+        more += ["--decoder-ffn-embed-dim", "40", "--decoder-attention-heads", "2"]
+        decoder_input = "--add-prev-output-tokens"
+        tiny.write_teacher(data, "sentence_prediction", *more, decoder_input, name="bart.pt")
+        more = ["--distill-teacher", str(data / "bart.pt")]
+        _, model, criterion, sample = build_student(data, tmp_path, *more, decoder_input)
+        _, _, log = criterion(model, sample)
+        assert torch.isfinite(log["distill_teacher_loss"])
+        with pytest.raises(ValueError, match="has a decoder.*--add-prev-output-tokens"):
+            build_student(data, tmp_path, *more)
+
     def test_too_long_a_sentence_is_named(self, data, tmp_path):
         tiny.write_teacher(data, "sentence_prediction", "--max-positions", "8", name="short.pt")
         more = ["--distill-teacher", str(data / "short.pt")]
