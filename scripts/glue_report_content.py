@@ -93,11 +93,10 @@ def columns(report: Report) -> List[str]:
 def _paper_rows(report: Report, statistic: str) -> List[List[str]]:
     rows = []
     for entry in report.paper.get("entries", ()):
-        if entry["statistic"] == statistic:
+        if entry["statistic"] == statistic and set(entry["scores"]) & set(columns(report)):
             digits = 2 if statistic == "time" else 1
-            where = f"paper, table {entry['table']}, {entry['model']}"
             scores = [number(entry["scores"].get(task), digits) for task in columns(report)]
-            rows.append([f"{entry['method']} ({where})", *scores])
+            rows.append([f"{entry['method']} (paper, {entry['where']})", *scores])
     return rows
 
 
@@ -474,19 +473,11 @@ def _versions() -> str:
 
 def _paper(report: Report) -> List[Block]:
     source = report.paper.get("source", "")
-    if not report.paper.get("entries"):
-        return [
-            Text(
-                "The paper's figures were not available to us when this was written, so none are "
-                "shown beside ours; none were recalled or estimated. They can be put in "
-                f"`scripts/glue_paper.json`. The paper: {source}."
-            )
-        ]
     return [
         Text(
             "Rows marked `paper` (in italics, shaded, below ours) are copied from the paper, not "
             f"made by these runs: {source}. Other code, hardware and checkpoints: they are for "
-            "orientation, and no test compares them with ours."
+            f"orientation, and no test compares them with ours. {report.paper.get('missing', '')}"
         )
     ]
 
