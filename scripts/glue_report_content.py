@@ -386,7 +386,7 @@ def _left_out(report: Report) -> List[Block]:
 # --- how the runs were made -------------------------------------------------------------------
 _OF_THE_RUN = {"seed", "log_file", "save_dir", "tensorboard_logdir", "distributed_init_method"}
 _OF_THE_RUN |= {"distributed_port", "wandb_project", "results_path", "plasma_path"}
-_OF_THE_RUN.add("filename")  # of the log that hydra writes
+_OF_THE_RUN |= {"filename"}  # of the log that hydra writes
 _TOLD = (
     "data arch parameters finetune_from_model restore_file criterion optimizer lr lr_scheduler "
     "warmup_updates total_num_update batch_size max_tokens update_freq max_epoch max_update "
@@ -401,17 +401,25 @@ def _settings(group: Sequence[Run], key: str) -> str:
     return " / ".join(values)
 
 
+def _options(group: Sequence[Run]) -> Set[str]:
+    """Return the options that runs were trained with, but for those that are each run's own."""
+    return set().union(*(run.log.settings for run in group)) - _OF_THE_RUN
+
+
+def _differing(group: Sequence[Run]) -> List[str]:
+    """Return the options that runs differ in."""
+    keys = sorted(_options(group))
+    return [key for key in keys if len({_settings([run], key) for run in group}) > 1]
+
+
 def _mixed(report: Report) -> List[str]:
     """Tell which methods' runs of one task were made with different options."""
     told = []
     for task in report.runs.tasks:
         for method in report.runs.methods:
             group = report.runs.of(task, method)
-            keys: Set[str] = set().union(*(run.log.settings for run in group)) - _OF_THE_RUN
-            for key in sorted(keys):
-                values = _settings(group, key)
-                if len({_settings([run], key) for run in group}) > 1:
-                    told.append(f"{task} {method}: `{key}` {values}")
+            for key in _differing(group):
+                told.append(f"{task} {method}: `{key}` {_settings(group, key)}")
     return told
 
 
@@ -421,12 +429,12 @@ def _how_made(report: Report) -> List[Block]:
         groups = {m: report.runs.of(task, m) for m in report.runs.methods}
         groups = {m: group for m, group in groups.items() if group}
         everyone = [run for group in groups.values() for run in group]
-        keys: Set[str] = set().union(*(run.log.settings for run in everyone)) - _OF_THE_RUN
+        keys = _options(everyone)
         if not keys:
             if everyone:
                 blocks.append(Text(f"**{task}**: the logs do not hold fairseq's options.", "note"))
             continue
-        differ = [key for key in sorted(keys) if len({_settings([r], key) for r in everyone}) > 1]
+        differ = _differing(everyone)
         alike = [key for key in _TOLD if key in keys and key not in differ]
         resumed = [f"`{r.method}` seed {r.seed}" for r in everyone if r.log.starts > 1]
         seeds = ", ".join(map(str, report.runs.seeds[task]))

@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
+from stages import sharpness_folder
+
 Epoch = Dict[str, float]  # fairseq's figures at the end of an epoch: valid_loss, train_ups, ...
 
 
@@ -275,7 +277,7 @@ def _json(path: Path) -> Dict[str, Any]:
 
 def _sharpness(folder: Path) -> Tuple[Dict[float, float], Optional[Dict[str, Any]]]:
     """Return the rises by radius, and the curves, of ``<run>-sharpness/sharpness.json``."""
-    measured = _json(folder.with_name(folder.name + "-sharpness") / "sharpness.json")
+    measured = _json(sharpness_folder(folder) / "sharpness.json")
     rises = {}
     for row in measured.get("sharpness") or ():
         mean = (row.get("per_batch") or {}).get("mean")

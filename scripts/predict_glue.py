@@ -21,13 +21,10 @@ from typing import Any, Dict, List, Sequence
 import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
+from glue_splits import without_paths
+from glue_tasks import TASKS
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "scripts"))
-
-from glue_splits import without_paths  # noqa: E402
-from glue_tasks import TASKS  # noqa: E402
-
 NAMES = {("MNLI", "test"): "MNLI-m", ("MNLI", "test1"): "MNLI-mm"}
 
 

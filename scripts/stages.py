@@ -17,6 +17,8 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
+from glue_cache import sha256
+
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
 LOG_LINES = 15  # of a failed stage, shown
@@ -79,17 +81,12 @@ def content(path: Path) -> str:
 
 @functools.lru_cache(maxsize=None)
 def _content(path: Path, size: int, changed: int) -> str:
-    digest = hashlib.sha256()
-    if path.suffix == ".yaml":
-        import yaml  # is there with fairseq
+    if path.suffix != ".yaml":
+        return sha256(path)
+    import yaml  # is there with fairseq
 
-        read = yaml.safe_load(path.read_text(encoding="utf-8"))
-        digest.update(json.dumps(read, sort_keys=True).encode())
-    else:
-        with path.open("rb") as file:
-            for block in iter(lambda: file.read(1 << 20), b""):
-                digest.update(block)
-    return digest.hexdigest()
+    read = yaml.safe_load(path.read_text(encoding="utf-8"))
+    return hashlib.sha256(json.dumps(read, sort_keys=True).encode()).hexdigest()
 
 
 def read_stamp(folder: Path) -> dict:
