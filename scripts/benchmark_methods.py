@@ -156,8 +156,9 @@ def forwards_first(trainer: Any) -> Update:
     def update(samples: List[Sample]) -> None:
         if len(samples) == 1:
             sample, _ = trainer._prepare_sample(samples[0])
-            with torch.no_grad(), autocast(trainer):
-                trainer.get_criterion()(trainer.get_model(), sample)
+            with torch.autograd.profiler.record_function("sam-forward-nograd"):
+                with torch.no_grad(), autocast(trainer):
+                    trainer.get_criterion()(trainer.get_model(), sample)
         trainer.train_step(samples)
 
     return update

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
@@ -107,6 +108,13 @@ def markdown(record: Dict[str, Any]) -> str:
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
+def _place(key: str, result: Dict[str, Any]) -> float:
+    """Return where a result stands on the axis of what was changed; shapes by their time."""
+    value = result["setting"][key]
+    seconds: float = result["rows"][result["base"]]["seconds"]
+    return seconds if isinstance(value, str) else float(value)
+
+
 def plot_sweep(record: Dict[str, Any], path: Path) -> None:
     """Draw time per update against size, batch, length; each other thing as in the first result."""
     import matplotlib
@@ -120,7 +128,7 @@ def plot_sweep(record: Dict[str, Any], path: Path) -> None:
     figure, axes = pyplot.subplots(1, len(keys), figsize=(12, 3.2))
     for axis, key in zip(axes, keys):
         mine = [r for r in results if all(r["setting"][k] == first[k] for k in keys if k != key)]
-        mine.sort(key=lambda r: r["rows"][r["base"]]["seconds"])
+        mine.sort(key=partial(_place, key))
         at = [str(r["setting"][key]) for r in mine]
         for name in mine[0]["rows"]:
             seconds = [r["rows"].get(name, {}).get("seconds", float("nan")) for r in mine]

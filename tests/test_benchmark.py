@@ -1,8 +1,11 @@
 """The benchmark runs, and its figures are those of the clock."""
 
+import contextlib
+import functools
 import json
 import subprocess
 import sys
+import unittest.mock
 from pathlib import Path
 
 import pytest
@@ -111,6 +114,30 @@ def test_two_processes(tmp_path):
 )
 def test_wrong_options(tmp_path, words, message):
     assert message in run(tmp_path, *words, code=2).stderr
+
+
+def test_the_paper_s_second_forward_counts_as_one():
+    """Of delta-SAM with two forwards: not as preparation."""
+    setting = benchmark_methods.Setting("small", 2, 8, 1, "fp32", "cpu")
+    built = benchmark_methods.build(benchmark_methods.TWO_FORWARDS, setting)
+    built.update(benchmark_methods.samples_of(setting, 1))  # the first one checks the criterion too
+    marks = []
+
+    def mark(name, args=None):
+        marks.append(name)
+        return contextlib.nullcontext()
+
+    with unittest.mock.patch.object(torch.autograd.profiler, "record_function", mark):
+        built.update(benchmark_methods.samples_of(setting, 1))
+    assert marks.count("sam-forward-nograd") == 2
+
+
+def test_numbers_stand_on_the_axis_by_size():
+    """Not by the time that each took."""
+    rows = {"Adam": {"seconds": 1.0}}
+    results = [{"setting": {"length": n}, "rows": rows, "base": "Adam"} for n in (64, 16, 128)]
+    results.sort(key=functools.partial(benchmark_report._place, "length"))
+    assert [r["setting"]["length"] for r in results] == [16, 64, 128]
 
 
 def test_phases_by_hand():
