@@ -13,6 +13,8 @@ import torch
 from fairseq.distributed import utils as distributed_utils
 from torch.nn import Module, Parameter
 
+from deltasam_fairseq.checkpoints.fused_layers import copies
+
 # How many names an error shows.
 _SHOWN = 6
 
@@ -29,7 +31,7 @@ class PerturbedWeights:
             nothing that enters it asks for one, so that no weight may be held still.
 
     Attributes:
-        trained: all weights that the optimizer trains.
+        trained: all weights that the optimizer trains, but fairseq 0.12's second copies.
         partial: whether some of them are left out.
 
     Raises:
@@ -39,11 +41,12 @@ class PerturbedWeights:
     def __init__(
         self, modules: Sequence[Module], pattern: Optional[str], recomputes: bool = False
     ) -> None:
+        unread = copies(modules)
         named = [
             (name, p)
             for module in modules
             for name, p in module.named_parameters()
-            if p.requires_grad
+            if p.requires_grad and p not in unread
         ]
         self.trained: List[Parameter] = list(dict.fromkeys(p for _, p in named))
         self.partial = pattern is not None

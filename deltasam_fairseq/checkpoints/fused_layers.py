@@ -4,14 +4,36 @@ A model that was read from a checkpoint, and not trained since, evaluates there 
 kernel on second copies of its weights. torch 2 refuses the call where there is padding: "Mask Type
 should be defined". fairseq-generate and fairseq-validate fail by it. Later versions have no such
 layers.
+
+The copies are parameters of the model that nothing else reads. They are made anew whenever a
+checkpoint is read, so that a probe that moved them, or a norm that counted them, would be another
+in a run that was resumed.
 """
 
-from typing import Any
+from typing import Any, Iterable, Set
 
 from fairseq.modules.transformer_layer import TransformerEncoderLayerBase
+from torch.nn import Module, Parameter
 
 # Set by such a layer when it reads a checkpoint, and asked for in its forward.
 _READ = "load_to_BT"
+_COPIES = frozenset(
+    f"{name}_{kind}"
+    for name in ("in_proj", "out_proj", "fc1", "fc2")
+    for kind in ("weight", "bias")
+)
+
+
+def copies(modules: Iterable[Module]) -> Set[Parameter]:
+    """Return the parameters that only fused layers would read; none on versions without them."""
+    return {
+        p
+        for module in modules
+        for layer in module.modules()
+        if isinstance(layer, TransformerEncoderLayerBase)
+        for name, p in layer.named_parameters(recurse=False)
+        if name in _COPIES
+    }
 
 
 def _never(layer: Any) -> bool:

@@ -3,6 +3,8 @@
 import tiny
 import torch
 
+from deltasam_fairseq.perturbed import PerturbedWeights
+
 
 def test_evaluation_is_training_without_dropout(translation, tmp_path):
     """fairseq 0.12 alone, with torch 2: RuntimeError, Mask Type should be defined."""
@@ -18,3 +20,15 @@ def test_evaluation_is_training_without_dropout(translation, tmp_path):
         with torch.no_grad():
             outputs.append(model(**sample["net_input"])[0][real])
     torch.testing.assert_close(outputs[0], outputs[1])
+
+
+def test_copies_of_weights_are_not_perturbed(classification, tmp_path):
+    """fairseq 0.12 makes them anew on reading: a resumed run would take another step."""
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam")
+    model = tiny.build_trainer(argv).get_model()
+    before = PerturbedWeights([model], None).parameters()
+    layer = model.encoder.sentence_encoder.layers[0]
+    layer.register_parameter("in_proj_weight", torch.nn.Parameter(torch.zeros(3)))
+    layer.register_parameter("own", torch.nn.Parameter(torch.zeros(3)))
+    after = {id(p) for p in PerturbedWeights([model], None).parameters()}
+    assert after == {id(p) for p in before} | {id(layer.own)}
