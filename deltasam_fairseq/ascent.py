@@ -10,7 +10,7 @@ This module sequences what an ascent consists of, as ``trainer`` does for the up
 """
 
 import contextlib
-from typing import Any, Dict, List, Tuple
+from typing import Any, Dict, List, Tuple, Union
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -60,7 +60,9 @@ class Climber:
         self._reduction = Reduction(trainer, sam, weights)
         self._losses_checked = False
 
-    def climb(self, samples: List[Prepared], replay: Replay, loss_scale: float) -> UpdateLog:
+    def climb(
+        self, samples: List[Prepared], replay: Replay, loss_scale: Union[float, Tensor]
+    ) -> UpdateLog:
         """``w -> w + eps*``, along the reduced gradient of the (reweighted) batch loss at w.
 
         Args:
@@ -77,8 +79,9 @@ class Climber:
         with self._weights.alone():
             log = backward(samples, replay)
         if self._reduction.needed:
-            self._reduction.average_grads()
-            scale /= trainer.data_parallel_world_size  # what reduces gradients averages them
+            with torch.autograd.profiler.record_function("reduce-grads"):
+                self._reduction.average_grads()
+            scale = scale / trainer.data_parallel_world_size  # what reduces gradients averages them
         ascent = sam.ascend(self._weights.parameters(), *self._draw())
         log.ascent_gnorm = ascent.norm * log.weights_divisor / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
@@ -206,7 +209,9 @@ class Climber:
             a = torch.cat(real) * (sam.rho / radius)
             sums = guardedness_sums(a)
             if self._reduction.needed:
-                distributed_utils.all_reduce(sums, group=self._trainer.data_parallel_process_group)
+                with torch.autograd.profiler.record_function("sam-reduce"):
+                    group = self._trainer.data_parallel_process_group
+                    distributed_utils.all_reduce(sums, group=group)
             log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
         if sam.half_dtype is not None:
             # eps* does not depend on the size of the weights, but fp16 gradients overflow by it.

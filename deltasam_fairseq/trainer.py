@@ -12,7 +12,7 @@ in ``optim``, the losses come from ``criterions``.
 
 import logging
 import os
-from typing import Any, Dict, List, Optional
+from typing import Any, Dict, List, Optional, Union
 
 import torch
 from fairseq.logging import metrics
@@ -26,7 +26,7 @@ from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpnes
 from deltasam_fairseq.perturbed import PerturbedWeights
 from deltasam_fairseq.replay import Replay
 from deltasam_fairseq.run_state import load_run_state, run_state
-from deltasam_fairseq.update_log import UpdateLog, without_ascent
+from deltasam_fairseq.update_log import UpdateLog, on_host, without_ascent
 
 logger = logging.getLogger(__name__)
 
@@ -153,7 +153,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """
         try:
             with torch.autograd.profiler.record_function("sam-ascent"):
-                self._update_log = self._climber.climb(samples, replay, self._loss_scale())
+                self._update_log = self._climber.climb(samples, replay, self._unread_loss_scale())
         except RuntimeError as e:
             if "out of memory" not in str(e):
                 raise
@@ -191,6 +191,12 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if scaler is None:
             return 1.0
         return scaler.get_scale() if self.cfg.common.amp else scaler.loss_scale
+
+    def _unread_loss_scale(self) -> Union[float, Tensor]:
+        """The same; --amp keeps it on the device, which is not waited for."""
+        if self.cfg.common.amp:
+            return self.optimizer.scaler.scale(torch.ones((), device=self.device))
+        return self._loss_scale()
 
     def _float32_weights(self) -> Dict[str, Tensor]:
         """The model's weights by name, of half-precision ones the float32 masters if there are."""
@@ -251,6 +257,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
             return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
         if not self._sync_stats():
             logging_outputs = log.merge(logging_outputs)
+        # Logging reads some of them many times over.
+        logging_outputs, sample_size = on_host([logging_outputs, sample_size])
         clean, perturbed, sums = log.split(logging_outputs)
         stats = super()._reduce_and_log_stats(clean, sample_size, grad_norm)
         with torch.autograd.profiler.record_function("sam-log"):

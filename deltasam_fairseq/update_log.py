@@ -215,6 +215,40 @@ class UpdateLog:
         return None if self.reweighting is None else self.reweighting.finite
 
 
+def on_host(figures: Any) -> Any:
+    """Return nests of lists and dicts with their 0-dim tensors on the host.
+
+    All come in one copy, for which the device is waited for once; a read of each would wait for
+    each. Their dtypes stay.
+    """
+    found: List[Tensor] = []
+
+    def collect(node: Any) -> None:
+        if isinstance(node, (list, tuple, dict)):
+            for inner in node.values() if isinstance(node, dict) else node:
+                collect(inner)
+        elif _is_on_device(node):
+            found.append(node)
+
+    collect(figures)
+    if not found:
+        return figures
+    copied = iter(torch.stack([t.detach().double() for t in found]).cpu().unbind())
+
+    def brought(node: Any) -> Any:
+        if isinstance(node, dict):
+            return {key: brought(inner) for key, inner in node.items()}
+        if isinstance(node, (list, tuple)):
+            return [brought(inner) for inner in node]
+        return next(copied).to(node.dtype) if _is_on_device(node) else node
+
+    return brought(figures)
+
+
+def _is_on_device(value: Any) -> bool:
+    return torch.is_tensor(value) and value.dim() == 0 and value.device.type != "cpu"
+
+
 def without_ascent() -> None:
     """Take figures of an ascent off fairseq's active meters where they would stand empty.
 

@@ -27,6 +27,7 @@ NAMES = {  # mark -> what the table calls it; in this order
     "sam-reweight": "weights of the sentences",
     "sam-log": "log of the ascent",
     "sam-ascent": "rest of the ascent",
+    "sam-reduce": "reduce",
     "reduce-grads": "reduce",
     "multiply-grads": "scale the gradient",
     "clip-grads": "norm of the gradient",

@@ -4,10 +4,14 @@ Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Gener
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
 """
 
-from typing import Callable, Iterable, NamedTuple, Optional, Sequence
+from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+
+# Elements that are rounded at a time: all that the rounding needs in between is then small
+# beside the weights.
+_PIECE = 1 << 20
 
 # From the float32 values that the perturbed weights should have to those that they can have.
 Rounding = Callable[[Tensor], Tensor]
@@ -82,20 +86,31 @@ def move_along_(
         share of the movement that ``rounding`` left along its direction, see `Ascent`.
     """
     lost, whole = torch.zeros_like(scale), torch.zeros_like(scale)
-    for v, w, d in zip(out, weights, direction):
+    for tensors in zip(out, weights, direction):
+        v, w, d = tensors
         if rounding is None and v.dtype == w.dtype == d.dtype and v.element_size() >= 4:
             torch.addcmul(w, d, scale.to(w.device, w.dtype), out=v)
             continue
-        w = _at_least_float32(w)
-        step = d.to(w.dtype) * scale.to(w.device, w.dtype)
-        moved = w + step
-        # Without a step there is nothing to round.
-        rounded = moved if rounding is None else torch.where(step == 0, w, rounding(moved))
-        if rounding is not None:
+        for v, w, d in _pieces(*tensors):
+            w = _at_least_float32(w)
+            step = d.to(w.dtype) * scale.to(w.device, w.dtype)
+            moved = w + step
+            if rounding is None:
+                v.copy_(moved)
+                continue
+            # Without a step there is nothing to round.
+            rounded = torch.where(step == 0, w, rounding(moved))
+            v.copy_(rounded)
             whole += torch.sum(step * step, dtype=torch.float64)
-            lost += torch.sum((moved - rounded) * step, dtype=torch.float64)
-        v.copy_(rounded)
+            lost += torch.sum(moved.sub_(rounded).mul_(step), dtype=torch.float64)
     return 1 - torch.where(whole > 0, lost / whole, torch.zeros_like(whole))
+
+
+def _pieces(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
+    """Return tensors of one shape piece by piece, flat; whole if one is not contiguous."""
+    if not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
+    return zip(*(t.view(-1).split(_PIECE) for t in tensors))
 
 
 def sam_ascent_(
