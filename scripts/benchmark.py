@@ -64,28 +64,26 @@ def waiter(device: str) -> Callable[[], None]:
     return torch.cuda.synchronize if device == "cuda" else lambda: None
 
 
-def passes(trainer: Any, setting: Setting) -> Dict[str, Update]:
+def passes(trainer: Any) -> Dict[str, Update]:
     """Return the model's passes over an update's micro-batches, by name, without anything else."""
 
-    def losses(samples: List[Any]) -> List[Any]:
+    def loss(sample: Any) -> Any:
         trainer.model.train()
-        found = []
+        with autocast(trainer):
+            return trainer.criterion(trainer.model, trainer._prepare_sample(sample)[0])[0]
+
+    def forward(samples: List[Any]) -> None:
         for sample in samples:
-            with autocast(trainer):
-                found.append(trainer.criterion(trainer.model, trainer._prepare_sample(sample)[0]))
-        return [loss for loss, _, _ in found]
+            loss(sample)  # its graph is dropped before the next is made, as in training
 
     def without_graph(samples: List[Any]) -> None:
         with torch.no_grad():
-            losses(samples)
+            forward(samples)
 
     def backward(samples: List[Any]) -> None:
         for sample in samples:
-            trainer.optimizer.backward(losses([sample])[0])
+            trainer.optimizer.backward(loss(sample))
         trainer.zero_grad()
-
-    def forward(samples: List[Any]) -> None:
-        losses(samples)
 
     return dict(zip(PASSES, (forward, without_graph, backward)))
 
@@ -135,9 +133,11 @@ def peak_memory(make: Callable[[], Built], setting: Setting) -> Optional[int]:
     """
 
     def train() -> None:
-        update = make().update
+        built = make()
+        # With it fairseq's train_step sets the peak back after every update.
+        built.trainer.cuda_env = None
         for number in range(3):
-            update(samples_of(setting, setting.update_freq, number))
+            built.update(samples_of(setting, setting.update_freq, number))
 
     gc.collect()
     if setting.device == "cuda":
@@ -225,7 +225,7 @@ def compare(
             print(f"{name}: left out, {reason}", file=sys.stderr)
             continue
         updates[name], periods[name] = built.update, built.period
-        timed_too = timed_too or passes(built.trainer, setting)
+        timed_too = timed_too or passes(built.trainer)
     base = next(iter(updates))
     found = side_by_side({**updates, **timed_too}, periods, setting, args.rounds)
     rows = summary(found, setting, base)
