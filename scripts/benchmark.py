@@ -311,6 +311,7 @@ def measure(
             precision,
             args.device,
             processes,
+            rank,
             launch,
         )
         for precision, update_freq in itertools.product(args.precision, args.update_freq)

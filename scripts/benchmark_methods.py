@@ -63,6 +63,7 @@ class Setting(NamedTuple):
     precision: str
     device: str
     processes: int = 1
+    rank: int = 0
     launch: Sequence[str] = ()  # fairseq's options for several processes
 
 
@@ -126,8 +127,8 @@ def build_trainer(argv: Sequence[str], before: Optional[Callable[[Any], Any]] = 
 
 
 def samples_of(setting: Setting, count: int, seed: int = 1) -> List[Sample]:
-    """Return micro-batches of random sentences, as the task would collate them."""
-    generator = torch.Generator().manual_seed(seed)
+    """Return micro-batches of random sentences, other ones for every rank, as the task collates."""
+    generator = torch.Generator().manual_seed(seed * setting.processes + setting.rank)
     shape = (setting.batch_size, setting.length)
     found = []
     for _ in range(count):

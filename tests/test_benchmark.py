@@ -100,7 +100,8 @@ def test_two_processes(tmp_path):
     for result, sentences in ((one, 2), (two, 4)):
         row = result["rows"]["Adam"]
         assert row["samples_per_second"] == pytest.approx(sentences / row["seconds"])
-    assert set(two["reductions"]) == {"four float64 numbers", "gradients, float32"}
+    numbers = {"one float64 number", "four float64 numbers", "1000 float64 numbers"}
+    assert set(two["reductions"]) == {*numbers, "gradients, float32"}
     assert "2 processes" in text and "four float64 numbers" in text
 
 
@@ -114,6 +115,17 @@ def test_two_processes(tmp_path):
 )
 def test_wrong_options(tmp_path, words, message):
     assert message in run(tmp_path, *words, code=2).stderr
+
+
+def test_every_rank_has_sentences_of_its_own():
+    """Four updates of two ranks are eight batches."""
+    setting = benchmark_methods.Setting("small", 2, 8, 1, "fp32", "cpu", processes=2)
+    found = [
+        benchmark_methods.samples_of(setting._replace(rank=rank), 1, seed)[0]["net_input"]
+        for rank in range(2)
+        for seed in range(4)
+    ]
+    assert len({tuple(each["src_tokens"].flatten().tolist()) for each in found}) == 8
 
 
 def test_the_paper_s_second_forward_counts_as_one():
