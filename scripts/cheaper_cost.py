@@ -32,7 +32,7 @@ NORMS = ["--sam-only", "layer_norm"]
 EVERY = ["--sam-every", "5"]
 
 WAYS: Dict[str, List[str]] = {
-    "Adam": ["adam"],
+    "Adam": [SAM, "--sam-rho", "0"],  # with the step that SAM's has
     "SAM": [SAM],
     "SAM, half of the sentences": [SAM, *HALF],
     "SAM, a quarter of the sentences": [SAM, *QUARTER],
@@ -109,7 +109,7 @@ def main() -> None:
         calm = [*argv, "--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
         rises, trainers = {}, {}
         for way, (optimizer, *options) in WAYS.items():
-            if optimizer != "adam":
+            if way != "Adam":
                 still = build(PLAIN, optimizer, [*calm, *options])
                 still.get_model().load_state_dict(start)
                 rises[way] = rise(still, samples[:10])
