@@ -107,7 +107,11 @@ def arguments(setting: Setting, folder: Path) -> List[str]:
     argv += PRECISIONS[setting.precision].split()
     argv += ["--update-freq", str(setting.update_freq), "--save-dir", str(folder / "save")]
     argv += ["--user-dir", deltasam_fairseq.__path__[0], *setting.launch]
-    return argv + ([] if setting.device == "cuda" else ["--cpu"])
+    if setting.device == "cpu":
+        argv += ["--cpu"]
+        # fairseq asks CUDA where to put flat gradients.
+        argv += ["--fp16-no-flatten-grads"] if setting.precision == "fp16" else []
+    return argv
 
 
 def build_trainer(argv: Sequence[str], before: Optional[Callable[[Any], Any]] = None) -> Any:
@@ -149,17 +153,13 @@ def samples_of(setting: Setting, count: int, seed: int = 1) -> List[Sample]:
 
 
 def forwards_first(trainer: Any) -> Update:
-    """Return delta-SAM's update with a forward of its own for the losses at w, as in the paper.
-
-    Where batches are accumulated it has that already.
-    """
+    """Return delta-SAM's update with a forward of its own for the losses at w, as in the paper."""
 
     def update(samples: List[Sample]) -> None:
-        if len(samples) == 1:
-            sample, _ = trainer._prepare_sample(samples[0])
-            with torch.autograd.profiler.record_function("sam-forward-nograd"):
-                with torch.no_grad(), autocast(trainer):
-                    trainer.get_criterion()(trainer.get_model(), sample)
+        sample, _ = trainer._prepare_sample(samples[0])
+        with torch.autograd.profiler.record_function("sam-forward-nograd"):
+            with torch.no_grad(), autocast(trainer):
+                trainer.get_criterion()(trainer.get_model(), sample)
         trainer.train_step(samples)
 
     return update
@@ -263,6 +263,8 @@ def build(name: str, setting: Setting, davda54: Optional[Path] = None, before: A
             return peer(name, setting, Path(folder) / "data", davda54)
         if "adam-step" in OURS[name] and setting.precision.startswith("memory-efficient"):
             raise NotHere("weights that are not float32 take the loop")
+        if name == TWO_FORWARDS and setting.update_freq > 1:
+            raise NotHere("the same program as delta-SAM, which has it with several micro-batches")
         argv = arguments(setting, Path(folder) / "data")
         trainer = build_trainer([*argv, *OURS[name].split()], before)
     trainer.reset_dummy_batch(samples_of(setting, 1)[0])
