@@ -7,8 +7,11 @@
 All methods train the same RoBERTa with a classification head on the same random sentences.  They
 make one update each in turn, over and over, so that what else the machine does meets all of them;
 a ratio is the median over rounds of the ratio within a round, its spread half the distance between
-quartiles.  The floor of delta-SAM / SAM is made of forward and backward passes timed in the same
-rounds.  OUT gets benchmark.json and benchmark.md; ``--trace`` adds torch's profiler traces.
+quartiles.  Beside delta-SAM / SAM stand two figures of the same rounds: the floor of the passes,
+of forwards and backwards alone, which a true ratio may lie below, for both methods have more than
+passes; and SAM's own update with delta-SAM's forwards without graph added.  OUT gets
+benchmark.json and benchmark.md, anew after each comparison; ``--trace`` adds torch's profiler
+traces.
 
 Peers: a SAM of a dozen lines of torch; pytorch_optimizer's, where it is installed; davda54's, with
 ``--davda54 FILE``.
@@ -22,24 +25,26 @@ import itertools
 import json
 import logging
 import os
-import platform
-import shlex
-import statistics
 import sys
 import time
 import warnings
-from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional
+from typing import Any, Callable, Dict, List, Optional, Sequence
 
 import torch
+from benchmark_figures import (
+    FORWARD,
+    FORWARD_AND_BACKWARD,
+    WITHOUT_GRAPH,
+    Seconds,
+    floors,
+    of_passes,
+    summary,
+)
+from benchmark_machine import machine
 from benchmark_methods import (
-    DAVDA54,
     OURS,
-    PEERS,
-    PRECISIONS,
-    SHAPES,
     Built,
     NotHere,
     Setting,
@@ -48,14 +53,13 @@ from benchmark_methods import (
     build,
     samples_of,
 )
+from benchmark_options import parser, refusal
 from benchmark_phases import phases
 from benchmark_processes import launch_options, reductions, start
-from benchmark_report import write_report
+from benchmark_report import title, write_report
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
 
-PASSES = ("forward", "forward without graph", "forward and backward")
-DEFAULT = ("Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *PEERS)
 WARM_UP = 2
 
 
@@ -85,7 +89,7 @@ def passes(trainer: Any) -> Dict[str, Update]:
             trainer.optimizer.backward(loss(sample))
         trainer.zero_grad()
 
-    return dict(zip(PASSES, (forward, without_graph, backward)))
+    return {FORWARD: forward, WITHOUT_GRAPH: without_graph, FORWARD_AND_BACKWARD: backward}
 
 
 def timed(
@@ -103,13 +107,13 @@ def timed(
 
 def side_by_side(
     updates: Dict[str, Update], periods: Dict[str, int], setting: Setting, rounds: int
-) -> Dict[str, Dict[str, List[float]]]:
+) -> Seconds:
     """Return method -> wall and cpu -> seconds of every round.
 
     Args:
         periods: updates that are timed together, of methods where it is not one.
     """
-    found: Dict[str, Dict[str, List[float]]] = {n: {"wall": [], "cpu": []} for n in updates}
+    found: Seconds = {n: {"wall": [], "cpu": []} for n in updates}
     samples = [samples_of(setting, setting.update_freq, seed) for seed in range(4)]
     wait = waiter(setting.device)
     gc.disable()
@@ -160,46 +164,6 @@ def peak_memory(make: Callable[[], Built], setting: Setting) -> Optional[int]:
     return peak
 
 
-def summary(
-    found: Dict[str, Dict[str, List[float]]], setting: Setting, base: str
-) -> Dict[str, Dict[str, float]]:
-    """Return method -> its figures, ratios to ``base``."""
-    sentences = setting.batch_size * setting.update_freq * setting.processes
-    out = {}
-    for name, seconds in found.items():
-        row = {"seconds": statistics.median(seconds["wall"])}
-        row["samples_per_second"] = sentences / row["seconds"]
-        for key in ("wall", "cpu"):
-            ratios = [a / b for a, b in zip(seconds[key], found[base][key])]
-            row[f"{key}_ratio"] = statistics.median(ratios)
-            quarters = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else [0.0, 0.0, 0.0]
-            row[f"{key}_spread"] = (quarters[2] - quarters[0]) / 2
-        out[name] = row
-    return out
-
-
-def forwards_without_graph(setting: Setting) -> int:
-    """Return how many delta-SAM makes: of the probe, in bfloat16 on both sides.
-
-    And of the clean losses where batches are accumulated.
-    """
-    return 1 + ("bf16" in setting.precision) + (setting.update_freq > 1)
-
-
-def floor(rows: Dict[str, Dict[str, float]], setting: Setting, key: str) -> Dict[str, float]:
-    """Return the ratios that the passes alone allow, from those of the same rounds.
-
-    What SAM and delta-SAM have in common beside passes is left out, so that a true ratio may be
-    a little lower.
-    """
-    forward, nograd, both = (rows[name][f"{key}_ratio"] for name in PASSES)
-    return {
-        "delta-SAM / SAM": 1 + forwards_without_graph(setting) * nograd / (2 * both),
-        "backward / forward": both / forward - 1,
-        "forward without graph / forward": nograd / forward,
-    }
-
-
 def compare(
     args: argparse.Namespace, setting: Setting, before: Optional[Callable[[Any], Any]] = None
 ) -> Dict[str, Any]:
@@ -207,35 +171,43 @@ def compare(
 
     Args:
         before: called with fairseq's configuration before a model is built.
+
+    Raises:
+        NotHere: no method can run.
     """
     updates: Dict[str, Update] = {}
     periods: Dict[str, int] = {}
     left_out: Dict[str, str] = {}
     memory: Dict[str, Optional[int]] = {}
     timed_too: Dict[str, Update] = {}
+    samples = samples_of(setting, setting.update_freq)
     for name in args.methods:
+        make = partial(build, name, setting, args.davda54, before)
         try:
-            if args.memory:
-                memory[name] = peak_memory(
-                    partial(build, name, setting, args.davda54, before), setting
-                )
-            built = build(name, setting, args.davda54, before)
-        except NotHere as reason:
-            left_out[name] = str(reason)
-            print(f"{name}: left out, {reason}", file=sys.stderr)
+            peak = peak_memory(make, setting) if args.memory else None
+            built = make()
+            built.update(samples)
+        except (NotHere, ValueError, AssertionError, NotImplementedError) as error:
+            left_out[name] = reason(error)
+            print(f"{name}: left out, {left_out[name]}", file=sys.stderr)
             continue
         updates[name], periods[name] = built.update, built.period
+        if args.memory:
+            memory[name] = peak
         timed_too = timed_too or passes(built.trainer)
+    if not updates:
+        raise NotHere(f"{title(setting._asdict())}: none of --methods can run here")
     base = next(iter(updates))
     found = side_by_side({**updates, **timed_too}, periods, setting, args.rounds)
     rows = summary(found, setting, base)
     wait = waiter(setting.device)
     result: Dict[str, Any] = {"setting": setting._asdict(), "base": base, "left_out": left_out}
+    result["threads"] = torch.get_num_threads()
     result["rows"] = {name: rows[name] for name in updates}
-    result["memory"] = {name: peak for name, peak in memory.items() if name in updates}
+    result["memory"] = memory
     result["passes"] = {name: rows[name] for name in timed_too}
-    result["floor"] = {key: floor(rows, setting, key) for key in ("wall", "cpu")}
-    samples = samples_of(setting, setting.update_freq)
+    result["in_forwards"] = {key: of_passes(rows, key) for key in ("wall", "cpu")}
+    result["floors"] = {key: floors(found, rows, setting, key) for key in ("wall", "cpu")}
     result["phases"] = {
         name: phases(partial(update, samples), args.phase_rounds * periods[name], wait)
         for name, update in updates.items()
@@ -245,158 +217,99 @@ def compare(
     if setting.processes > 1:
         elements = sum(p.numel() for p in built.trainer.get_model().parameters())
         result["reductions"] = reductions(elements, setting.device, wait)
-    if args.trace and setting.processes == 1:
-        trace(updates, samples, args.out)
+    if args.trace:
+        trace(updates, samples, args.out, setting)
     return result
 
 
-def trace(updates: Dict[str, Update], samples: List[Any], out: Path) -> None:
+def reason(error: Exception) -> str:
+    """Return why a method is left out, in one line."""
+    text = " ".join(str(error).split())
+    return text if isinstance(error, NotHere) else f"{type(error).__name__} {text}"
+
+
+def trace(updates: Dict[str, Update], samples: List[Any], out: Path, setting: Setting) -> None:
     """Write torch's profiler trace of one update of each method, for chrome://tracing."""
     for name, update in updates.items():
         with torch.profiler.profile(record_shapes=True) as profile:
             update(samples)
-        profile.export_chrome_trace(str(out / f"{name.replace(', ', '_').replace(' ', '_')}.json"))
+        words = f"{name} {title(setting._asdict())}".replace(",", "").split()
+        profile.export_chrome_trace(str(out / f"{'_'.join(words)}.json"))
 
 
-def machine(device: str) -> Dict[str, Any]:
-    """Return what the figures were measured on and with."""
-    import fairseq
-    import numpy
-
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines() if os.name == "posix" else ():
-        if line.startswith("model name"):
-            name = line.split(":", 1)[1].strip()
-            break
-    found = {
-        "date": date.today().isoformat(),
-        "processor": name,
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "fairseq": fairseq.__version__,
-        "numpy": numpy.__version__,
-        "command": " ".join(map(shlex.quote, ["python", "scripts/benchmark.py", *sys.argv[1:]])),
-    }
-    if device == "cuda":
-        found["gpu"] = torch.cuda.get_device_name()
-    return found
-
-
-def sweep(args: argparse.Namespace, first: Setting) -> List[Setting]:
+def sweep(first: Setting, shapes: Sequence[str]) -> List[Setting]:
     """Return settings of several sizes, batches and lengths, one changed at a time."""
-    others = [first._replace(shape=s) for s in args.sweep_shapes if s != first.shape]
+    others = [first._replace(shape=s) for s in shapes if s != first.shape]
     others += [first._replace(batch_size=b) for b in (4, 8, 16, 32) if b != first.batch_size]
     others += [first._replace(length=n) for n in (16, 32, 64, 128) if n != first.length]
     return [first, *others]
 
 
-def measure(
-    args: argparse.Namespace, processes: int = 1, rank: int = 0, port: int = 0
-) -> List[Dict[str, Any]]:
-    """Return the comparisons that are asked for, as one of several processes or alone."""
-    cores = os.cpu_count() or 1
-    torch.set_num_threads(args.threads or max(cores // processes, 1))
-    several = processes > 1
-    launch = launch_options(rank, processes, port, args.device) if several else []
-    before = distributed_utils.distributed_init if several else None
-    settings = [
-        Setting(
-            args.shape,
-            args.batch_size,
-            args.length,
-            update_freq,
-            precision,
-            args.device,
-            processes,
-            rank,
-            launch,
-        )
-        for precision, update_freq in itertools.product(args.precision, args.update_freq)
-    ]
-    if args.sweep and not several:
-        settings = sweep(args, settings[0])
+def settings_of(args: argparse.Namespace) -> List[Setting]:
+    """Return the settings that are asked for."""
+    found: List[Setting] = []
+    for processes, precision, update_freq in itertools.product(
+        args.processes, args.precision, args.update_freq
+    ):
+        sizes = (args.shape, args.batch_size, args.length)
+        setting = Setting(*sizes, update_freq, precision, args.device, processes)
+        alone = processes == 1
+        found += sweep(setting, args.sweep_shapes) if args.sweep and alone else [setting]
+    return found
+
+
+def measure(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
+    """Return the comparison of one setting, as one of several processes or alone."""
+    torch.set_num_threads(args.threads or max((os.cpu_count() or 1) // setting.processes, 1))
+    before = distributed_utils.distributed_init if setting.processes > 1 else None
     with metrics.aggregate(new_root=True):
-        return [compare(args, setting, before) for setting in settings]
+        return compare(args, setting, before)
 
 
-def positive(text: str) -> int:
-    """Return a number above 0."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
+def measure_as_rank(args: argparse.Namespace) -> None:
+    """Measure the only setting as one of several processes; rank 0 writes the result."""
+    rank, processes, port = map(int, args.rank[:3])
+    if args.device == "cuda":
+        torch.cuda.set_device(rank)  # fairseq-train does so before it starts a rank
+    (setting,) = settings_of(args)
+    launch = launch_options(rank, processes, port, args.device)
+    result = measure(args, setting._replace(processes=processes, rank=rank, launch=launch))
+    if rank == 0:
+        Path(args.rank[3]).write_text(json.dumps(result), encoding="utf-8")
 
 
-def not_negative(text: str) -> int:
-    """Return a number of 0 or above."""
-    if int(text) < 0:
-        raise ValueError(text)
-    return int(text)
-
-
-def parser() -> argparse.ArgumentParser:
-    """Return the options."""
-    options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = options.add_argument
-    gpu = torch.cuda.is_available()
-    add("--shape", choices=list(SHAPES), default="base" if gpu else "small", help="of RoBERTa")
-    add("--batch-size", type=positive, default=16, help="sentences of a micro-batch (default: 16)")
-    add("--length", type=positive, default=64, help="tokens of a sentence (default: 64)")
-    add("--update-freq", type=positive, nargs="+", default=[1], help="micro-batches of an update")
-    add("--precision", choices=list(PRECISIONS), nargs="+", default=["fp32"])
-    add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
-    add("--threads", type=positive, help="of the processor (default: all cores)")
-    add("--methods", nargs="+", choices=(*OURS, *PEERS), default=list(DEFAULT), metavar="METHOD")
-    add("--processes", type=positive, nargs="+", default=[1], help="data-parallel processes")
-    add("--rank", nargs=4, help=argparse.SUPPRESS)
-    add("--rounds", type=positive, default=10, help="updates of each method (default: 10)")
-    add(
-        "--phase-rounds",
-        type=not_negative,
-        default=3,
-        help="updates for the phases, 0: none (default: 3)",
-    )
-    add("--no-memory", dest="memory", action="store_false", help="do not measure peak memory")
-    add("--davda54", type=Path, help=f"sam.py of github.com/davda54/sam, for {DAVDA54!r}")
-    add("--trace", action="store_true", help="write the profiler's trace of each method too")
-    add("--sweep", action="store_true", help="several sizes, batches and lengths, plotted")
-    add("--sweep-shapes", nargs="+", choices=list(SHAPES), default=["small", "base"])
-    add("--out", type=Path, required=True, help="folder for benchmark.json and benchmark.md")
-    return options
+def measure_in_processes(setting: Setting) -> Dict[str, Any]:
+    """Return the comparison of one setting, made by this program in several processes."""
+    only = ["--processes", str(setting.processes), "--precision", setting.precision]
+    only += ["--update-freq", str(setting.update_freq)]
+    return start(__file__, [*sys.argv[1:], *only], setting.processes)
 
 
 def main() -> int:
     """Measure, write the report, print it; return the exit code."""
-    options = parser()
+    options = parser(__doc__)
     args = options.parse_args()
-    if args.device == "cuda" and not torch.cuda.is_available():
-        options.exit(2, "benchmark.py: --device cuda: torch sees no GPU; use --device cpu\n")
-    if args.methods[0] not in OURS:
-        options.exit(
-            2,
-            f"benchmark.py: --methods {args.methods[0]}: the first, to which ratios "
-            "are taken, has to be one of this package's, as Adam\n",
-        )
+    wrong = refusal(args)
+    if wrong and not args.rank:
+        options.exit(2, f"benchmark.py: {wrong}\n")
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")
-    if args.rank:
-        rank, processes, port, out = args.rank
-        results = measure(args, int(processes), int(rank), int(port))
-        if rank == "0":
-            Path(out).write_text(json.dumps(results), encoding="utf-8")
-        return 0
-    args.out.mkdir(parents=True, exist_ok=True)
-    results = []
-    for processes in args.processes:
-        several = processes > 1
-        results += start(__file__, sys.argv[1:], processes) if several else measure(args)
-    record = {"machine": machine(args.device), "results": results}
-    (args.out / "benchmark.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(write_report(record, args.out, plot=args.sweep))
+    text = ""
+    try:
+        if args.rank:
+            measure_as_rank(args)
+            return 0
+        args.out.mkdir(parents=True, exist_ok=True)
+        record: Dict[str, Any] = {"machine": machine(args), "results": []}
+        for setting in settings_of(args):
+            several = setting.processes > 1
+            result = measure_in_processes(setting) if several else measure(args, setting)
+            record["results"].append(result)
+            text = write_report(record, args.out, plot=args.sweep)
+    except NotHere as error:
+        print(f"benchmark.py: {error}", file=sys.stderr)
+        return 1
+    print(text)
     return 0
 
 

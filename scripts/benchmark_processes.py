@@ -25,36 +25,58 @@ def launch_options(rank: int, processes: int, port: int, device: str) -> List[st
     return words.split() + (["--device-id", str(rank)] if device == "cuda" else [])
 
 
-def start(program: str, argv: Sequence[str], processes: int) -> List[Dict[str, Any]]:
+def start(program: str, argv: Sequence[str], processes: int) -> Dict[str, Any]:
     """Run a program once a rank; return what rank 0 wrote.
 
     Raises:
-        RuntimeError: a process failed; with the end of what rank 0 said.
+        RuntimeError: a rank failed; with the end of what it said. The others are ended.
     """
     port = free_port()
     with tempfile.TemporaryDirectory() as folder:
-        out = Path(folder) / "results.json"
-        errors = Path(folder) / "errors"
-        with errors.open("wb") as stream:
-            running = [
-                subprocess.Popen(
-                    [
-                        sys.executable,
-                        program,
-                        *argv,
-                        "--rank",
-                        *map(str, (r, processes, port, out)),
-                    ],
-                    stdout=subprocess.DEVNULL,
-                    stderr=stream if r == 0 else subprocess.DEVNULL,
-                    env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-                )
-                for r in range(processes)
-            ]
-            codes = [process.wait() for process in running]
-        if any(codes):
-            raise RuntimeError(f"{processes} processes: {codes}\n{errors.read_text()[-2000:]}")
+        out = Path(folder) / "result.json"
+        said = [Path(folder) / f"errors-{rank}" for rank in range(processes)]
+        running: List[subprocess.Popen] = []
+        try:
+            for rank, errors in enumerate(said):
+                words = ["--rank", *map(str, (rank, processes, port, out))]
+                with errors.open("wb") as stream:
+                    running.append(
+                        subprocess.Popen(
+                            [sys.executable, program, *argv, *words],
+                            stdout=subprocess.DEVNULL,
+                            stderr=stream,
+                            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
+                        )
+                    )
+            failed = first_failed(running)
+        finally:
+            end(running)
+        if failed:
+            ends = [f"rank {r}: {said[r].read_text(errors='replace')[-2000:]}" for r in failed]
+            raise RuntimeError(f"of {processes} processes failed " + "\n".join(ends))
         return json.loads(out.read_text(encoding="utf-8"))
+
+
+def first_failed(running: Sequence[subprocess.Popen]) -> List[int]:
+    """Wait for all, or until one fails; return the ranks that failed, [] where all succeed."""
+    while True:
+        codes = [process.poll() for process in running]
+        failed = [rank for rank, code in enumerate(codes) if code]
+        if failed or None not in codes:
+            return failed
+        time.sleep(0.1)
+
+
+def end(running: Sequence[subprocess.Popen]) -> None:
+    """End the processes that still run."""
+    for process in running:
+        process.terminate()
+    for process in running:
+        try:
+            process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
 
 
 def reductions(elements: int, device: str, wait: Callable[[], None]) -> Dict[str, float]:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import os
 import statistics
 from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
+from benchmark_figures import WITHOUT_GRAPH, spread
 from benchmark_phases import ADDED, REST
 from cost_model import table
 
@@ -50,26 +53,30 @@ def comparison(result: Dict[str, Any]) -> str:
     return table(header, lines)
 
 
-def against_floor(result: Dict[str, Any]) -> str:
-    """delta-SAM to SAM, measured and as the passes of the same rounds allow."""
+def against_floors(result: Dict[str, Any]) -> str:
+    """delta-SAM to SAM, measured and as other figures of the same rounds would have it."""
     rows = result["rows"]
-    if "floor" not in result or not {"SAM", "delta-SAM"} <= set(rows):
+    if not {"SAM", "delta-SAM"} <= set(rows):
         return ""
     seconds = result["seconds_of_all_rounds"]
     clocks = ("wall", "cpu") if result["setting"]["device"] == "cpu" else ("wall",)
+    header = ["delta-SAM / SAM", "measured"]
+    for name in result["floors"]["wall"]:
+        header += [name, f"measured / {name}"]
     lines = []
     for key in clocks:
         ratios = [a / b for a, b in zip(seconds["delta-SAM"][key], seconds["SAM"][key])]
-        measured, least = statistics.median(ratios), result["floor"][key]["delta-SAM / SAM"]
-        clock = "wall" if key == "wall" else "processor time"
-        lines.append([clock, f"{measured:.3f}", f"{least:.3f}", f"{measured / least:.3f}"])
-    least = result["floor"][clocks[-1]]
-    shares = (
-        f"A backward takes {least['backward / forward']:.2f} forwards, a forward without graph "
-        f"{least['forward without graph / forward']:.2f}."
-    )
+        measured = statistics.median(ratios)
+        line = ["wall" if key == "wall" else "processor time"]
+        line.append(f"{measured:.3f} ± {spread(ratios):.3f}")
+        for figure in result["floors"][key].values():
+            line += [f"{figure:.3f}", f"{measured / figure:.3f}"]
+        lines.append(line)
+    taken = result["in_forwards"][clocks[-1]]
     return (
-        table(["delta-SAM / SAM", "measured", "floor", "measured / floor"], lines) + "\n\n" + shares
+        table(header, lines)
+        + f"\n\nA backward takes {taken['backward']:.2f} forwards, a forward without graph "
+        + f"{taken[WITHOUT_GRAPH]:.2f}."
     )
 
 
@@ -100,10 +107,14 @@ def markdown(record: Dict[str, Any]) -> str:
     """The whole report."""
     found = record["machine"]
     of = ", ".join(f"{key} {value}" for key, value in found.items() if key != "command")
+    threads = [result["threads"] for result in record["results"]]
+    differ = len(set(threads)) > 1
+    of += "" if differ else f", threads {threads[0]}"
     parts = [f"`{found['command']}`", of]
     for result in record["results"]:
-        parts.append(f"**{title(result['setting'])}**")
-        parts += [comparison(result), against_floor(result), phase_table(result)]
+        own = f", threads {result['threads']}" if differ else ""
+        parts.append(f"**{title(result['setting'])}{own}**")
+        parts += [comparison(result), against_floors(result), phase_table(result)]
         parts.append(reduction_line(result))
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -142,11 +153,19 @@ def plot_sweep(record: Dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
+def write(path: Path, text: str) -> None:
+    """Write a file in one step: whoever reads it finds the old text or the new."""
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(text, encoding="utf-8")
+    os.replace(new, path)
+
+
 def write_report(record: Dict[str, Any], out: Path, plot: bool) -> str:
-    """Write benchmark.md, and sweep.png where asked for; return the Markdown."""
+    """Write benchmark.json, benchmark.md, and sweep.png if asked for; return the Markdown."""
+    write(out / "benchmark.json", json.dumps(record, indent=1) + "\n")
     text = markdown(record)
     if plot:
         plot_sweep(record, out / "sweep.png")
         text += "\n![Time of an update](sweep.png)\n"
-    (out / "benchmark.md").write_text(text, encoding="utf-8")
+    write(out / "benchmark.md", text)
     return text
