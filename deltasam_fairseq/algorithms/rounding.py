@@ -32,13 +32,14 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generat
     random_bits = torch.empty(x.shape, dtype=torch.int32, device=x.device)
     random_bits.random_(0, 1 << dropped, generator=generator)
     bits = x.contiguous().view(torch.int32)
-    rounded = ((bits + random_bits) & -(1 << dropped)).view(torch.float32)
+    rounded = (bits + random_bits).bitwise_and_(-(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
         spacing = 2.0**-24
-        uniform = random_bits.float() * 2.0**-dropped
-        fine = torch.floor(x * (1 / spacing) + uniform) * spacing
+        uniform = random_bits.float().mul_(2.0**-dropped)
+        fine = uniform.add_(x * (1 / spacing)).floor_().mul_(spacing)
         rounded = torch.where(x.abs() < torch.finfo(dtype).tiny, fine, rounded)
-    return torch.where(torch.isfinite(x), rounded, x)
+    # Infinity has no bits to lose; a NaN of all ones would become zero.
+    return torch.where(x == x, rounded, x)
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
