@@ -106,7 +106,9 @@ class AveragingTrainer(Trainer):
         )
         scheduler = self.lr_scheduler
         known = type(self._epoch_itr) is iterators.EpochBatchIterator
-        if isinstance(scheduler, SWAScheduler) and first and known and scheduler.begun is None:
+        if not (isinstance(scheduler, SWAScheduler) and first and known):
+            return self._epoch_itr
+        if scheduler.begun is None or self.get_num_updates() == 0:  # not resumed in that phase
             if not self.task.has_sharded_data("train"):
                 cfg = self.cfg.optimization
                 ends = (cfg.max_update or 0, cfg.max_epoch or 0)
@@ -117,7 +119,8 @@ class AveragingTrainer(Trainer):
         """Numbers of updates in the first epochs, if none is skipped; the last number goes on."""
         cfg, batches = self.cfg.optimization, len(self._epoch_itr)
         if getattr(cfg, "skip_remainder_batch", False):
-            return [batches // freq for freq in cfg.update_freq]
+            # Without the last batch, whether it is full or not, and then in whole groups.
+            return [max(batches - 1, 0) // freq for freq in cfg.update_freq]
         return [-(-batches // freq) for freq in cfg.update_freq]
 
     def valid_step(self, *args: Any, **kwargs: Any) -> Any:

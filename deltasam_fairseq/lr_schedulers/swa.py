@@ -186,9 +186,9 @@ def check_start(
     """
     if not any(per_epoch):
         raise ValueError(
-            "--skip-remainder-batch: an epoch has fewer batches than --update-freq, so that no "
-            "update is ever made and there is nothing to average; give a smaller --update-freq or "
-            "leave --skip-remainder-batch out"
+            "--skip-remainder-batch: without its last batch an epoch has fewer batches than "
+            "--update-freq, so that no update is ever made and there is nothing to average; give a "
+            "smaller --update-freq or leave --skip-remainder-batch out"
         )
     end = max_update if max_update > 0 else math.inf
     if max_epoch > 0:
@@ -206,5 +206,5 @@ def check_start(
         raise ValueError(
             f"{option}: the first weights would be averaged after update {first}, but the run ends "
             f"after update {end}, with {per_epoch[0]} updates in an epoch; give an earlier "
-            "--swa-start, a smaller --swa-every, or a longer run"
+            "--swa-start, a smaller --swa-every or --swa-cycle-length, or a longer run"
         )

@@ -219,11 +219,12 @@ def test_the_first_end_of_an_epoch_with_changing_update_freq(start, first):
         check_start(schedule, [4, 2, 3], first - 1, 0)
 
 
+@pytest.mark.parametrize("update_freq", ["4", "5"])
 @pytest.mark.parametrize("start", ["5", "1ep"])
-def test_epochs_without_updates_are_refused(classification, tmp_path, start):
-    """An epoch has 4 batches; fairseq would go through epochs without end."""
+def test_epochs_without_updates_are_refused(classification, tmp_path, start, update_freq):
+    """An epoch has 4 batches, of which the last is skipped; fairseq would go on without end."""
     options = ["--lr-scheduler", "swa_fixed", "--swa-start", start, "--swa-every", "epoch"]
-    options += ["--max-epoch", "0", "--update-freq", "5", "--skip-remainder-batch"]
+    options += ["--max-epoch", "0", "--update-freq", update_freq, "--skip-remainder-batch"]
     with pytest.raises(ValueError, match="--skip-remainder-batch: .* smaller --update-freq"):
         runs.train(classification, tmp_path, *options)
 
@@ -232,6 +233,25 @@ def test_a_run_that_is_too_short_for_its_data(classification, tmp_path):
     options = ["--lr-scheduler", "swa_fixed", "--swa-start", "9", "--max-update", "0"]
     with pytest.raises(ValueError, match="--swa-start 9: .* after update 9, .* after update 8"):
         runs.train(classification, tmp_path, *options, "--max-epoch", "2")
+
+
+@pytest.mark.parametrize("start", ["0", "0ep", "0.1"])
+def test_a_start_at_once_is_checked_too(classification, tmp_path, start):
+    """0.1 of 3 epochs are 0 whole ones."""
+    options = ["--lr-scheduler", "swa_fixed", "--swa-start", start, "--swa-every", "100"]
+    options += ["--max-update", "0", "--max-epoch", "3"]
+    with pytest.raises(ValueError, match=f"--swa-start {start}: .* update 100, .* update 12"):
+        runs.train(classification, tmp_path, *options)
+
+
+def test_one_batch_less_where_the_remainder_is_skipped(classification, tmp_path):
+    """4 batches without the last are one update of 3 an epoch: 2 in two epochs."""
+    options = ["--lr-scheduler", "swa_fixed", "--update-freq", "3", "--skip-remainder-batch"]
+    options += ["--max-update", "0", "--max-epoch", "2", "--swa-start"]
+    run = runs.train(classification, tmp_path, *options, "2")
+    assert [update["num_updates"] for update in run.updates] == ["1", "2"]
+    with pytest.raises(ValueError, match="--swa-start 3: .* after update 3, .* after update 2"):
+        runs.train(classification, tmp_path, *options, "3", "--reset-lr-scheduler")
 
 
 def test_a_trainer_that_averages_nothing_is_refused(classification, tmp_path):
