@@ -16,9 +16,10 @@ _N, _AVERAGES, _RAW = "n", "averages", "raw"
 class WeightAverage:
     """Mean of the weights that a run passes through, in float32.
 
-    ``w_avg <- w_avg + (w - w_avg) / (n + 1)``, or with a decay ``w_avg <- decay w_avg +
-    (1 - decay) w``; the first weights are copied. One copy of the trained weights, made when the
-    first enter. Frozen weights and buffers are not copied: those of the model hold for the average.
+    ``w_avg <- w_avg + a (w - w_avg)`` with ``a = 1 / (n + 1)``, or with a decay ``a = max(1 /
+    (n + 1), 1 - decay)``: the uniform mean until that would forget more slowly than the decay; the
+    first weights are copied. One copy of the trained weights, made when the first enter. Frozen
+    weights and buffers are not copied: those of the model hold for the average.
 
     Under data parallelism: every rank has the same weights and computes the same average; nothing
     is sent.
@@ -53,10 +54,11 @@ class WeightAverage:
             self._averages = {name: self._home(name, v, copy=True) for name, v in values.items()}
         averages = list(self._averages.values())
         new = [values[name] for name in self._averages]
-        if self._decay is None or self.n == 0:
+        decay = self._decay
+        if decay is None or 1 / (self.n + 1) > 1 - decay:
             running_mean_(averages, new, self.n)
         else:
-            exponential_mean_(averages, new, self._decay)
+            exponential_mean_(averages, new, decay)
         self.n += 1
 
     def _home(self, name: str, value: Tensor, copy: bool = False) -> Tensor:

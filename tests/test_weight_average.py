@@ -13,6 +13,7 @@ from fairseq.optim.fp16_optimizer import FP16Optimizer
 
 from deltasam_fairseq.averaging_trainer import STATE
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
+from deltasam_fairseq.weight_average import WeightAverage
 
 sys.path.insert(0, str(Path(__file__).parent / "cli"))
 sys.path.insert(0, str(Path(__file__).parent / "distributed"))
@@ -101,14 +102,24 @@ def test_epochs_with_accumulation(classification, tmp_path, passed):
 
 
 def test_exponential(classification, tmp_path, passed):
-    """A copy of the first; then 3/4 of the average and 1/4 of the weights."""
-    options = ["--swa-start", "4", "--swa-decay", "0.75"]
+    """The mean of the first four; then 3/4 of the average and 1/4 of the weights."""
+    options = ["--swa-start", "1", "--swa-decay", "0.75"]
     run = runs.train(classification, tmp_path, *SWA, *options)
     expected = {
-        name: 0.75 * (0.75 * first.double() + 0.25 * passed[5][name]) + 0.25 * passed[6][name]
-        for name, first in passed[4].items()
+        name: 0.75 * (0.75 * first + 0.25 * passed[5][name]) + 0.25 * passed[6][name]
+        for name, first in mean(passed, [1, 2, 3, 4]).items()
     }
     assert_model_is(run.checkpoint, expected)
+
+
+def test_the_exponential_average_begins_as_the_uniform_one():
+    """Of 8, 0, 4, 0 the means are 8, 4, 4, 3; then 3/4 of 3 and 1/4 of 7 are 4."""
+    average = WeightAverage({"w": torch.nn.Parameter(torch.zeros(1))}, decay=0.75, on_cpu=False)
+    found = []
+    for value in (8.0, 0.0, 4.0, 0.0, 7.0):
+        average.add({"w": torch.tensor([value])})
+        found.append(average.averages["w"].item())
+    assert found == pytest.approx([8, 4, 4, 3, 4])
 
 
 def test_the_average_of_one_is_a_copy(classification, tmp_path, passed):

@@ -38,7 +38,7 @@ class SWAConfig(FairseqDataclass):
         default=None,
         metadata={
             "help": "exponential average with this decay, between 0 and 1, such as 0.999, in "
-            "place of the uniform mean (default)"
+            "place of the uniform mean (default), which it is for the first 1 / (1 - decay) weights"
         },
     )
     swa_lr: Optional[float] = field(
