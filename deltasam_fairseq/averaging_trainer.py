@@ -47,6 +47,7 @@ class AveragingTrainer(Trainer):
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
         self._named = self._trained_by_name()
+        self.weight_average = None  # fairseq builds anew when it resumes: not two at a time
         scheduler = self._lr_scheduler
         if not isinstance(scheduler, SWAScheduler):
             return
@@ -136,12 +137,13 @@ class AveragingTrainer(Trainer):
         average = self.weight_average
         if average is None:
             return super().state_dict()
+        with average.raw():
+            raw = self._raw()
         with average.in_force():
             state = super().state_dict()
-            averages = average.put_into(state["model"], state["criterion"])
+            own = average.put_into(raw, state["model"], state["criterion"])
         if not self.cfg.checkpoint.no_save_optimizer_state:
-            with average.raw():
-                state["extra_state"][STATE] = average.state_dict(averages, self._raw())
+            state["extra_state"][STATE] = own
         return state
 
     def load_checkpoint(

@@ -18,8 +18,9 @@ class WeightAverage:
 
     ``w_avg <- w_avg + a (w - w_avg)`` with ``a = 1 / (n + 1)``, or with a decay ``a = max(1 /
     (n + 1), 1 - decay)``: the uniform mean until that would forget more slowly than the decay; the
-    first weights are copied. One copy of the trained weights, made when the first enter. Frozen
-    weights and buffers are not copied: those of the model hold for the average.
+    first weights are copied. One copy of the trained weights, made at once: its memory is in use
+    from the start of a run. Frozen weights and buffers are not copied: those of the model hold for
+    the average.
 
     Under data parallelism: every rank has the same weights and computes the same average; nothing
     is sent.
@@ -40,7 +41,9 @@ class WeightAverage:
         self._parameters = dict(parameters)
         self._decay = decay
         self._on_cpu = on_cpu
-        self._averages: Dict[str, Tensor] = {}
+        self._averages = {
+            name: self._home(name, p, copy=True) for name, p in self._parameters.items()
+        }
         self._weights = SwappedWeights()
 
     @torch.no_grad()
@@ -50,8 +53,6 @@ class WeightAverage:
         Args:
             values: of all parameters by name, float32 where there are masters.
         """
-        if not self._averages:
-            self._averages = {name: self._home(name, v, copy=True) for name, v in values.items()}
         averages = list(self._averages.values())
         new = [values[name] for name in self._averages]
         decay = self._decay
@@ -97,50 +98,47 @@ class WeightAverage:
 
     # Checkpoints
 
-    def put_into(self, *states: Optional[Dict[str, Any]]) -> Dict[str, Tensor]:
+    def put_into(
+        self, raw: Mapping[str, Tensor], *states: Optional[Dict[str, Any]]
+    ) -> Dict[str, Any]:
         """Put the float32 averages into ``state_dict`` of modules that were made while `in_force`.
 
-        Half-precision values of such a state have been rounded.
-
-        Returns:
-            the averages by name, on the CPU: what is saved twice, as the model and in `state_dict`,
-            is one tensor, and stands in a file once.
-        """
-        averages = {name: average.cpu() for name, average in self._averages.items()}
-        places = {self._parameters[name].data_ptr(): a for name, a in averages.items()}
-        for state in states:
-            for key, value in (state or {}).items():
-                average = places.get(value.data_ptr()) if torch.is_tensor(value) else None
-                if average is not None and average.shape == value.shape and value.numel():
-                    state[key] = average  # type: ignore[index]
-        return averages
-
-    def state_dict(
-        self, averages: Mapping[str, Tensor], raw: Mapping[str, Tensor]
-    ) -> Dict[str, Any]:
-        """What a resumed run needs.
+        Half-precision values of such a state have been rounded. Before the first weights have
+        entered, the weights themselves are put there in the same way.
 
         Args:
-            averages: as `put_into` returns them.
             raw: the weights from which training goes on, by name, float32 where there are masters.
+            states: of the modules; written to.
+
+        Returns:
+            what a resumed run needs, on the CPU as far as it is put into ``states``: what is saved
+            twice is one tensor, and stands in a file once.
         """
-        return {_N: self.n, _AVERAGES: dict(averages), _RAW: dict(raw)}
+        values = {name: value.cpu() for name, value in (self.averages or raw).items()}
+        places = {self._parameters[name].data_ptr(): value for name, value in values.items()}
+        for state in states:
+            for key, value in (state or {}).items():
+                own = places.get(value.data_ptr()) if torch.is_tensor(value) else None
+                if own is not None and own.shape == value.shape and value.numel():
+                    state[key] = own  # type: ignore[index]
+        if self.n == 0:
+            return {_N: 0, _AVERAGES: {}, _RAW: values}
+        return {_N: self.n, _AVERAGES: values, _RAW: dict(raw)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put a `state_dict` back, but for the raw weights, see `raw_weights`."""
+        """Put back what `put_into` returned, but for the raw weights, see `raw_weights`."""
         self.n = state[_N]
-        self._averages = {
-            name: self._home(name, value, copy=True) for name, value in state[_AVERAGES].items()
-        }
+        for name, value in state[_AVERAGES].items():
+            self._averages[name].copy_(value)
 
     @property
     def averages(self) -> Dict[str, Tensor]:
         """The averages by name; empty before the first weights have entered."""
-        return self._averages
+        return self._averages if self.n else {}
 
 
 def raw_weights(state: Mapping[str, Any], parameters: Mapping[str, Parameter]) -> Dict[str, Tensor]:
-    """The weights in a `WeightAverage.state_dict` from which training goes on.
+    """The weights in what `WeightAverage.put_into` returned from which training goes on.
 
     Raises:
         ValueError: where they are not those of these parameters.

@@ -142,6 +142,21 @@ def test_training_does_not_see_it(classification, tmp_path, optimizer):
     assert [u["loss"] for u in run.updates] == [u["loss"] for u in plain.updates]
 
 
+@pytest.mark.parametrize("device", ["model", "cpu"])
+def test_its_memory_is_taken_before_the_first_update(classification, tmp_path, device):
+    """The tensors of the average are those that were there when the trainer was built."""
+    options = ["--swa-start", "2", "--swa-device", device]
+    trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *SWA, *options))
+    assert trainer.get_lr() > 0  # as fairseq's main asks before it trains
+    average = trainer.weight_average
+    places = [tensor.data_ptr() for tensor in average._averages.values()]
+    assert len(places) == len(trainer._raw()) and average.averages == {}
+    for sample in tiny.batches(trainer)[:3]:
+        trainer.train_step([sample])
+    assert average.n == 2
+    assert [tensor.data_ptr() for tensor in average.averages.values()] == places
+
+
 def test_shared_and_frozen_weights_and_buffers(classification, tmp_path, monkeypatch):
     """Token embeddings are the language model's head too; positions are frozen here."""
     trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *SWA, "--swa-start", "1"))

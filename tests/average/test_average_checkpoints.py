@@ -233,6 +233,25 @@ def test_of_a_run_with_averages(classification, tmp_path, capsys):
         assert STATE not in found["extra_state"]
 
 
+@pytest.mark.parametrize("precision", [[], ["--fp16", "--fp16-no-flatten-grads"], ["--bf16"]])
+def test_raw_of_a_file_from_before_the_start(classification, tmp_path, capsys, precision):
+    """The embeddings are shared; before the start their float32 masters are saved as the model."""
+    swa = ["--lr-scheduler", "swa_fixed", "--swa-start", "4", "--save-interval-updates", "2"]
+    runs.train(classification, tmp_path / "swa", *swa, *precision)
+    files = [tmp_path / "swa" / f"checkpoint_{n}.pt" for n in ("1_2", "2_6")]
+    states = [torch.load(f, weights_only=False) for f in files]
+    assert [s["extra_state"][STATE]["n"] for s in states] == [0, 3]
+    call(capsys, *files, "--raw", "--output", tmp_path / "raw.pt")
+    found = model(tmp_path / "raw.pt")
+    raw = [s["extra_state"][STATE]["raw"] for s in states]
+    for name, value in raw[0].items():
+        key = name.split(".", 1)[1]
+        assert torch.equal(states[0]["model"][key], value)
+        torch.testing.assert_close(found[key], (value + raw[1][name]) / 2)
+    name = "encoder.sentence_encoder.embed_tokens.weight"
+    assert torch.equal(found[name], found["encoder.lm_head.weight"])
+
+
 # options; what the message must name
 ERRORS = {
     "a folder alone": (["{run}"], ["--last-epochs N"]),
