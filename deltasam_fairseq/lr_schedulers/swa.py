@@ -13,6 +13,7 @@ logger = logging.getLogger(__name__)
 
 # Keys beside those of the schedule that is extended, which does not mind them.
 _BEGUN, _BEGUN_FROM, _LR_AT_START = "swa_begun", "swa_begun_from", "swa_lr_at_start"
+_PHASE = "swa_phase"
 
 
 class SWAScheduler(FairseqLRScheduler):
@@ -102,6 +103,18 @@ class SWAScheduler(FairseqLRScheduler):
         strategy = str(cfg.swa_anneal_strategy)
         return annealed_rate(self._lr_at_start, cfg.swa_lr, step, cfg.swa_anneal, strategy)
 
+    def _phase(self) -> Dict[str, str]:
+        """The options, beside the start, that say what enters the average and at which rates."""
+        cfg = self.cfg
+        values = {
+            "--swa-every": cfg.swa_every or 1,
+            "--swa-decay": cfg.swa_decay,
+            "--swa-lr": cfg.swa_lr,
+            "--swa-cycle-length": cfg.swa_cycle_length,
+            "--swa-cycle-lr": cfg.swa_cycle_lr,
+        }
+        return {option: "none" if v is None else str(v).strip() for option, v in values.items()}
+
     # fairseq's interface
 
     def step_begin_epoch(self, epoch: int) -> float:
@@ -137,11 +150,12 @@ class SWAScheduler(FairseqLRScheduler):
             _BEGUN: self.begun,
             _BEGUN_FROM: self._begun_from,
             _LR_AT_START: self._lr_at_start,
+            _PHASE: self._phase(),
         }
         return {**self.base.state_dict(), **own}
 
     def load_state_dict(self, state_dict: Dict[str, Any]) -> None:
-        """Go on as the run that was saved; says so where averaging began by another --swa-start."""
+        """Go on as the run that was saved; says so where its averaging began with other options."""
         self.base.load_state_dict(state_dict)
         self.begun = state_dict.get(_BEGUN)
         self._begun_from = state_dict.get(_BEGUN_FROM)
@@ -152,6 +166,14 @@ class SWAScheduler(FairseqLRScheduler):
                 "begin anew, give --reset-lr-scheduler"
             )
         self._lr_at_start = state_dict.get(_LR_AT_START, 0.0)
+        saved, now = state_dict.get(_PHASE) or {}, self._phase()
+        different = [option for option in now if saved.get(option, now[option]) != now[option]]
+        if self.begun is not None and different:
+            changes = ", ".join(f"{o} {now[o]} in place of {saved[o]}" for o in different)
+            logger.warning(
+                f"{changes}: the average of the run that is resumed goes on, from here on with the "
+                "new values; to begin anew, give --reset-lr-scheduler"
+            )
 
 
 def _updates_of(epochs: int, per_epoch: Sequence[int]) -> int:

@@ -235,6 +235,48 @@ def test_a_run_that_is_too_short_for_its_data(classification, tmp_path):
         runs.train(classification, tmp_path, *options, "--max-epoch", "2")
 
 
+class TestResumedWithOtherOptions:
+    """A schedule that takes up the state of another, whose averaging has begun."""
+
+    PHASES = {
+        "--swa-decay 0.9": "--swa-decay 0.9 in place of none:",
+        "--swa-every 2": "--swa-every 2 in place of 1:",
+        "--swa-lr 1e-4": "--swa-lr 0.0001 in place of none:",
+        "--swa-lr 1e-4 --swa-cycle-length 2": "--swa-cycle-length 2 in place of none:",
+        "--swa-every 1 --swa-device cpu": None,
+    }
+
+    @staticmethod
+    def schedule(data, folder, *options):
+        argv = tiny.arguments(data, folder, "--lr-scheduler", "swa_fixed", *options)
+        return tiny.build_trainer(argv).lr_scheduler
+
+    @pytest.mark.parametrize("options", PHASES)
+    def test_said_in_a_warning(self, classification, tmp_path, caplog, options):
+        first = self.schedule(classification, tmp_path, "--swa-start", "0")
+        then = self.schedule(classification, tmp_path, "--swa-start", "0", *options.split())
+        then.load_state_dict(first.state_dict())
+        said = self.PHASES[options]
+        if said is None:
+            assert "in place of" not in caplog.text
+        else:
+            assert said in caplog.text and "goes on" in caplog.text
+            caplog.clear()
+            then.load_state_dict(then.state_dict())
+            assert "in place of" not in caplog.text
+
+    def test_not_where_nothing_has_begun_or_is_known(self, classification, tmp_path, caplog):
+        later = self.schedule(classification, tmp_path, "--swa-start", "3")
+        then = self.schedule(classification, tmp_path, "--swa-start", "3", "--swa-every", "2")
+        then.load_state_dict(later.state_dict())
+        begun = self.schedule(classification, tmp_path, "--swa-start", "0")
+        state = begun.state_dict()
+        del state["swa_phase"]  # as files were before
+        now = self.schedule(classification, tmp_path, "--swa-start", "0", "--swa-every", "2")
+        now.load_state_dict(state)
+        assert now.begun == 0 and "in place of" not in caplog.text
+
+
 @pytest.mark.parametrize("start", ["0", "0ep", "0.1"])
 def test_a_start_at_once_is_checked_too(classification, tmp_path, start):
     """0.1 of 3 epochs are 0 whole ones."""
