@@ -7,6 +7,7 @@ in the same file, and a resumed run goes on from them.
 
 import functools
 import logging
+import math
 from typing import Any, Dict, List, Optional
 
 import torch
@@ -207,6 +208,32 @@ def validates_average(validate: Any) -> Any:
         return losses
 
     wrapper._deltasam = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def says_if_nothing_was_averaged(train: Any) -> Any:
+    """fairseq's training of an epoch; where the run ends with it and has no average, it is said."""
+
+    @functools.wraps(train)
+    def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
+        losses, should_stop = train(cfg, trainer, task, epoch_itr)
+        average = getattr(trainer, "weight_average", None)
+        if average is None or average.n > 0:
+            return losses, should_stop
+        scheduler, optimization = trainer.lr_scheduler, cfg.optimization
+        ends = (
+            should_stop
+            or epoch_itr.next_epoch_idx > (optimization.max_epoch or math.inf)
+            or trainer.get_lr() <= optimization.stop_min_lr
+        )
+        if ends:
+            logger.warning(
+                f"nothing was averaged: the run ended after update {trainer.get_num_updates()}, "
+                f"before the first weights entered (--swa-start {scheduler.cfg.swa_start}, that is "
+                f"{scheduler.start}); the checkpoints hold the weights themselves"
+            )
+        return losses, should_stop
+
     return wrapper
 
 

@@ -15,7 +15,7 @@ from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.registry import REGISTRIES
 
 from deltasam_fairseq import failures, launch, left_out
-from deltasam_fairseq.averaging_trainer import validates_average
+from deltasam_fairseq.averaging_trainer import says_if_nothing_was_averaged, validates_average
 from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.lr_schedulers import SWAConfig, SWAScheduler
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
@@ -140,6 +140,8 @@ def install() -> None:
             program.add_defaults = _checked_defaults(program.add_defaults)
         if not hasattr(program.validate, "_deltasam"):
             program.validate = validates_average(program.validate)
+        if not hasattr(program.train, "_deltasam"):
+            program.train = says_if_nothing_was_averaged(program.train)
         failures.explain_lost_ranks(program)
     if not hasattr(options.parse_args_and_arch, "_deltasam"):
         options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)

@@ -11,6 +11,7 @@ import torch
 from fairseq import checkpoint_utils
 from fairseq.optim.fp16_optimizer import FP16Optimizer
 
+from deltasam_fairseq import averaging_trainer
 from deltasam_fairseq.averaging_trainer import STATE
 from deltasam_fairseq.trainer import SharpnessAwareTrainer
 from deltasam_fairseq.weight_average import WeightAverage
@@ -439,6 +440,38 @@ def test_an_amp_retry_is_averaged_once(classification, tmp_path, monkeypatch):
     for sample in tiny.batches(trainer)[:2]:
         trainer.train_step([sample])
     assert trainer.get_num_updates() == 2 and trainer.weight_average.n == 2
+
+
+class TestNothingWasAveraged:
+    SAID = "nothing was averaged: the run ended after update"
+
+    @pytest.mark.parametrize(
+        "options, last",
+        [
+            (["--stop-time-hours", "1e-9"], 1),
+            (["--stop-min-lr", "9e-4"], 4),  # 8e-4 at the end of the epoch
+            (["--patience", "1", "--validate-interval-updates", "1", "--lr", "1e-9"], None),
+        ],
+    )
+    def test_said_where_a_run_stops_early(self, classification, tmp_path, caplog, options, last):
+        swa = [*SWA, "--swa-start", "0.9", "--max-update", "40", *options]
+        run = runs.train(classification, tmp_path, *swa, validate=last is None)
+        ended = len(run.updates)
+        assert ended == (last or ended) and ended < 36
+        assert f"{self.SAID} {ended}, " in caplog.text and "that is update 36" in caplog.text
+        assert caplog.text.count(self.SAID) == 1
+
+    def test_said_at_the_end_of_the_last_epoch(self, classification, tmp_path, caplog, monkeypatch):
+        """Skipped updates make a run shorter than it was when it was checked."""
+        monkeypatch.setattr(averaging_trainer, "check_start", lambda *_: None)
+        swa = [*SWA, "--swa-start", "9", "--max-update", "0", "--max-epoch", "2"]
+        runs.train(classification, tmp_path, *swa)
+        assert caplog.text.count(f"{self.SAID} 8, ") == 1
+
+    def test_not_said_with_an_average_or_without_averaging(self, classification, tmp_path, caplog):
+        runs.train(classification, tmp_path / "swa", *SWA, "--swa-start", "6")
+        runs.train(classification, tmp_path / "plain", *PLAIN)
+        assert "nothing was averaged" not in caplog.text
 
 
 def test_what_is_said(classification, tmp_path, caplog):
