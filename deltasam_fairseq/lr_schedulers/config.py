@@ -71,7 +71,7 @@ class SWAConfig(FairseqDataclass):
     swa_cycle_lr: Optional[float] = field(
         default=None,
         metadata={
-            "help": "learning rate from which every cycle falls, above 0. Default: the "
+            "help": "learning rate from which every cycle falls, at least --swa-lr. Default: the "
             "schedule's at --swa-start"
         },
     )
@@ -234,4 +234,10 @@ def check_swa_config(cfg: Any) -> None:
         "swa_cycle_lr",
         cfg.swa_cycle_lr,
         "has a meaning only with --swa-cycle-length; give it too",
+    )
+    _require(
+        cfg.swa_cycle_lr is None or cfg.swa_cycle_lr >= cfg.swa_lr,
+        "swa_cycle_lr",
+        cfg.swa_cycle_lr,
+        f"a cycle falls from it to --swa-lr {cfg.swa_lr}; give a higher one, or a lower --swa-lr",
     )

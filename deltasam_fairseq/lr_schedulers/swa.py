@@ -93,6 +93,13 @@ class SWAScheduler(FairseqLRScheduler):
         if due:
             self.begun, self._lr_at_start = update, self.base.step_update(update)
             self._begun_from = str(self.start)
+            cfg, rate = self.cfg, self._lr_at_start
+            if cfg.swa_cycle_length and cfg.swa_cycle_lr is None and rate < cfg.swa_lr:
+                logger.warning(
+                    f"--swa-lr {cfg.swa_lr:g} is above the schedule's rate at update {update}, "
+                    f"{rate:g}, from which every cycle is to fall: the rate rises in the cycles; "
+                    "give --swa-cycle-lr, or a lower --swa-lr"
+                )
 
     def _rate(self, step: int) -> float:
         """Learning rate after ``step`` updates of the averaging phase."""

@@ -103,6 +103,10 @@ ERRORS = {
         {"swa_lr": 0.1, "swa_cycle_length": 3, "swa_every": "2"},
         ["--swa-every 2", "--swa-cycle-length"],
     ),
+    "cycle that rises": (
+        {"swa_lr": 0.1, "swa_cycle_length": 3, "swa_cycle_lr": 0.05},
+        ["--swa-cycle-lr 0.05", "--swa-lr 0.1", "higher"],
+    ),
     "rate of no cycle": ({"swa_cycle_lr": 0.1}, ["--swa-cycle-lr 0.1", "--swa-cycle-length"]),
 }
 
@@ -163,6 +167,17 @@ def test_cycles_in_a_run(classification, tmp_path):
     assert found == pytest.approx([3e-4, 2e-4, 1e-4, 3e-4, 2e-4, 1e-4])
     found = rates(classification, tmp_path, "swa_fixed", *cycles)  # from the schedule's 1e-3
     assert found[:3] == pytest.approx([7e-4, 4e-4, 1e-4])
+
+
+@pytest.mark.parametrize("more, warned", [([], True), (["--swa-cycle-lr", "3e-2"], False)])
+def test_cycles_that_would_rise_from_the_schedules_rate(
+    classification, tmp_path, caplog, more, warned
+):
+    """1e-3 at the start, below --swa-lr."""
+    cycles = ["--swa-start", "2", "--swa-cycle-length", "2", "--swa-lr", "2e-2", *more]
+    rates(classification, tmp_path, "swa_fixed", *cycles, "--max-update", "3")
+    said = "--swa-lr 0.02 is above the schedule's rate at update 2, 0.001"
+    assert caplog.text.count(said) == warned
 
 
 class _Schedule(Namespace):
