@@ -114,7 +114,14 @@ def _check_averaging(cfg: Any) -> None:
     if cls is None or not issubclass(cls, SWAScheduler):
         return
     check_swa_config(cfg.lr_scheduler)
-    _check_seam(cfg, f"--lr-scheduler {name}", "each rank would average weights of its own")
+    asked = f"--lr-scheduler {name}"
+    _check_seam(cfg, asked, "each rank would average weights of its own")
+    if cfg.common.quantization_config_path is not None:
+        raise ValueError(
+            f"--quantization-config-path cannot be combined with {asked}: at each of its steps "
+            "other weights are trained, by an optimizer built anew, and the average would be lost; "
+            "leave one of the two out"
+        )
 
 
 def check_config(cfg: Any) -> None:

@@ -109,6 +109,10 @@ ERRORS = {
         ["--swa-start", "--lr-scheduler swa_*"],
     ),
     "bmuf": ([*SWA, "--use-bmuf"], ["--use-bmuf", "--lr-scheduler swa_fixed"]),
+    "quantization": (
+        [*SWA, "--quantization-config-path", "pq.yaml"],
+        ["--quantization-config-path", "--lr-scheduler swa_fixed", "average would be lost"],
+    ),
     "fully sharded": (
         [*SWA, "--ddp-backend", "fully_sharded"],
         ["--ddp-backend fully_sharded", "--lr-scheduler swa_fixed", "legacy_ddp"],
