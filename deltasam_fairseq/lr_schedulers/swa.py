@@ -71,6 +71,8 @@ class SWAScheduler(FairseqLRScheduler):
         parts = [mean, "every epoch" if self.every is None else f"every {self.every} update(s)"]
         if cfg.swa_lr is None:
             parts.append(f"learning rate of {self.base_name} throughout")
+            if self.base_name == "reduce_lr_on_plateau":
+                parts.append("which goes by the validation loss of the average once there is one")
         elif cfg.swa_cycle_length is not None:
             high = f"{cfg.swa_cycle_lr:g}" if cfg.swa_cycle_lr else "the schedule's"
             cycles = f"cycles of {cfg.swa_cycle_length} updates"

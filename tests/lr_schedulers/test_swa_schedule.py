@@ -160,6 +160,20 @@ class TestRates:
         assert found == pytest.approx([*plain[:3], between, 2e-3, 2e-3], rel=1e-5)
 
 
+@pytest.mark.parametrize(
+    "base, more, said",
+    [
+        ("reduce_lr_on_plateau", [], True),
+        ("reduce_lr_on_plateau", ["--swa-lr", "1e-4"], False),
+        ("fixed", [], False),
+    ],
+)
+def test_what_goes_by_the_averages_loss_is_said(classification, tmp_path, base, more, said):
+    argv = tiny.arguments(classification, tmp_path, "--lr-scheduler", f"swa_{base}", *more)
+    description = tiny.build_trainer(argv).lr_scheduler.describe()
+    assert ("validation loss of the average" in description) == said
+
+
 def test_cycles_in_a_run(classification, tmp_path):
     """From 4e-4 to 1e-4 in three updates; the rate is logged after the update that precedes it."""
     cycles = ["--swa-start", "1", "--swa-cycle-length", "3", "--swa-lr", "1e-4"]
