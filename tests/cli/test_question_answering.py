@@ -11,6 +11,7 @@ import tiny
 import torch
 from fairseq import options, tasks
 
+from deltasam_fairseq.averaging_trainer import STATE
 from deltasam_fairseq.models import register_span_head
 
 HEAD = "classification_heads.span_prediction_head.out_proj.weight"
@@ -79,9 +80,15 @@ def test_with_averaged_weights(span_prediction, tmp_path):
         "--data-buffer-size=0",
         criterion="span_prediction",
     )
-    assert len(validations(tiny.train(argv).stdout)) >= 2
-    state = runs.load(tmp_path / "checkpoint_last.pt")
-    assert torch.isfinite(state["model"][HEAD]).all()
+    found = validations(tiny.train(argv).stdout)
+    assert len(found) >= 2 and found[-1]["valid_swa_n"] == "7"  # of the updates 2 to 8
+    best = max(found, key=lambda log: float(log["valid_f1"]))
+    for name, n in (("last", 7), ("best", int(best.get("valid_swa_n", 0)))):
+        state = runs.load(tmp_path / f"checkpoint_{name}.pt")
+        own = state["extra_state"][STATE]
+        assert own["n"] == n > 0
+        assert torch.equal(state["model"][HEAD], own["averages"][f"model.{HEAD}"])
+        assert n == 1 or not torch.equal(state["model"][HEAD], own["raw"][f"model.{HEAD}"])
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "sam_sgd", "delta_sam_sgd"])
