@@ -4,19 +4,19 @@ import warnings
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
+from fairseq.logging import meters as fairseq_meters
 from fairseq.logging import metrics
-from fairseq.logging.meters import Meter, safe_round
+from fairseq.logging.meters import safe_round
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import f1_score, matthews_corrcoef
+
+from deltasam_fairseq.criterions.gathering import GatheringMeter, gather
 
 _METER = "_predictions"  # fairseq does not show meters whose name begins with an underscore
 
 
-class Predictions(Meter):
+class Predictions(GatheringMeter):
     """Gathers predictions and targets until the metric is asked for."""
-
-    def __init__(self) -> None:
-        self.reset()
 
     def reset(self) -> None:
         self.predicted: List[float] = []
@@ -26,9 +26,13 @@ class Predictions(Meter):
         self.predicted.extend(predicted)
         self.target.extend(target)
 
-    @property
-    def smoothed_value(self) -> int:
+    def __len__(self) -> int:
         return len(self.predicted)
+
+
+fairseq_meters.Predictions = (
+    Predictions  # checkpoints of earlier versions name it, without contents
+)
 
 
 def class_ranks(label_dictionary: Any, num_classes: int) -> List[int]:
@@ -116,7 +120,7 @@ def log_reports(logging_outputs: Sequence[Dict[str, Any]]) -> None:
     target = [x for log in logging_outputs for x in log.get("targ", ())]
     if not predicted:
         return
-    metrics.log_custom(Predictions, _METER, predicted, target)
+    gather(Predictions, _METER, predicted, target)
     for option, reports in REPORTS.items():
         if any(option in log for log in logging_outputs):
             for name, function in reports.items():

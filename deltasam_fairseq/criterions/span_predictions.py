@@ -2,9 +2,11 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
+from fairseq.logging import meters as fairseq_meters
 from fairseq.logging import metrics
-from fairseq.logging.meters import Meter, safe_round
+from fairseq.logging.meters import safe_round
 
+from deltasam_fairseq.criterions.gathering import GatheringMeter, gather
 from deltasam_fairseq.criterions.spans import Candidate
 
 _METER = "_questions"  # fairseq does not show meters whose name begins with an underscore
@@ -37,11 +39,8 @@ class Windows(List[Tuple[Any, ...]]):
         return str(len(self))
 
 
-class Questions(Meter):
+class Questions(GatheringMeter):
     """Gathers windows by question until the metric is asked for."""
-
-    def __init__(self) -> None:
-        self.reset()
 
     def reset(self) -> None:
         self.candidates: Dict[int, Candidate] = {}
@@ -52,8 +51,7 @@ class Questions(Meter):
             old = self.candidates.get(window.question)
             self.candidates[window.question] = new if old is None else old.joined(new)
 
-    @property
-    def smoothed_value(self) -> int:
+    def __len__(self) -> int:
         return len(self.candidates)
 
     def mean(self, metric: str) -> float:
@@ -70,6 +68,9 @@ class Questions(Meter):
         return sum(values) / len(values)
 
 
+fairseq_meters.Questions = Questions  # checkpoints of earlier versions name it, without contents
+
+
 def log_answers(logging_outputs: Sequence[Dict[str, Any]]) -> None:
     """Log exact_match and f1, in percent.
 
@@ -79,7 +80,7 @@ def log_answers(logging_outputs: Sequence[Dict[str, Any]]) -> None:
     windows = [WindowPrediction(*w) for log in logging_outputs for w in log.get("windows", ())]
     if not windows:
         return
-    metrics.log_custom(Questions, _METER, windows)
+    gather(Questions, _METER, windows)
     for name, metric in (("exact_match", "exact"), ("f1", "f1")):
         metrics.log_derived(
             name, lambda meters, m=metric: safe_round(100 * meters[_METER].mean(m), 2)

@@ -6,6 +6,7 @@ import tiny
 import torch
 from test_errors import data_must_not_load, error_of  # noqa: F401
 from test_help import help_of
+from test_resume import assert_resumed_with_validation
 
 from deltasam_fairseq.checks import check_config
 
@@ -180,6 +181,20 @@ def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
         averages = [r.checkpoint["extra_state"]["deltasam_criterion"] for r in (parts, whole)]
         runs.assert_same(*averages)
         assert {a.dtype for a in averages[0]["averages"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    "criterion, added", [("plain", None), ("r3f", ("_predictions", "Predictions"))]
+)
+def test_resumed_after_a_validation(classification, tmp_path, criterion, added):
+    """Also from a file that names the meter, as earlier versions wrote them."""
+    assert_resumed_with_validation(
+        *(classification, tmp_path, "--optimizer", "delta_sam_adam", "--lr", "0.02"),
+        *("--report-mcc", "--report-acc-and-f1"),
+        criterion=criterion,
+        metric="valid_mcc",
+        added_meter=added,
+    )
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])

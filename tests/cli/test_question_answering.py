@@ -10,6 +10,7 @@ import runs
 import tiny
 import torch
 from fairseq import options, tasks
+from test_resume import assert_resumed_with_validation
 
 from deltasam_fairseq.averaging_trainer import STATE
 from deltasam_fairseq.models import register_span_head
@@ -67,6 +68,17 @@ def test_resumed_is_uninterrupted(span_prediction, tmp_path, optimizer):
     assert not torch.equal(
         whole.checkpoint["model"][HEAD],
         train(span_prediction, tmp_path / "one", "--max-update", "1").checkpoint["model"][HEAD],
+    )
+
+
+@pytest.mark.parametrize("added", [None, ("_questions", "Questions")], ids=["", "old file"])
+def test_resumed_after_a_validation(span_prediction, tmp_path, added):
+    """Also from a file that names the meter, as earlier versions wrote them."""
+    assert_resumed_with_validation(
+        *(span_prediction, tmp_path, "--optimizer", "delta_sam_adam", "--lr", "0.02"),
+        criterion="span_prediction",
+        metric="valid_f1",
+        added_meter=added,
     )
 
 

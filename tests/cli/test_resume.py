@@ -1,5 +1,6 @@
 """A run that was stopped, or killed, and resumed is the run that never stopped, bit for bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -9,6 +10,7 @@ import time
 import pytest
 import runs
 import tiny
+import torch
 
 OPTIMIZERS = {
     "adam": ["--optimizer", "adam"],
@@ -43,6 +45,54 @@ def test_stopped_in_the_middle_of_an_epoch_and_resumed(classification, tmp_path,
     parts = runs.train(classification, tmp_path / "parts", *options, "--max-update", "7")
     assert [log["num_updates"] for log in parts.updates] == ["4", "5", "6", "7"]
     runs.assert_same_end(parts, whole)
+
+
+def validations(run):
+    """What a run logged of its validations, by the number of updates, without speed and time."""
+    logs = [json.loads(m) for m in run.messages if m[:1] == "{" and '"valid_loss"' in m]
+    timed = ("valid_wps", "valid_wall")
+    return {
+        int(log["valid_num_updates"]): {k: v for k, v in log.items() if k not in timed}
+        for log in logs
+    }
+
+
+def assert_resumed_with_validation(data, folder, *options, criterion, metric, added_meter=None):
+    """Stopped after two updates of an epoch, each followed by a validation, and resumed.
+
+    Args:
+        metric: what must be among the metrics of each validation.
+        added_meter: name and class of a meter that the checkpoint is made to hold.
+    """
+
+    def train(name, updates):
+        # the best value so far, in the log, is that of the checkpoints: both save after two updates
+        more = ["--validate-interval-updates", "1", "--save-interval-updates", "2", *options]
+        more += ["--max-update", updates]
+        return runs.train(data, folder / name, *more, criterion=criterion, validate=True)
+
+    whole, stopped = train("whole", "5"), train("parts", "2")
+    metrics = stopped.checkpoint["extra_state"]["metrics"]
+    assert {meter_class for _, _, meter_class, _ in metrics["valid"]} == {
+        "AverageMeter",
+        "TimeMeter",
+    }
+    if added_meter is not None:
+        metrics["valid"].append((50, *added_meter, {}))
+        torch.save(stopped.checkpoint, folder / "parts" / "checkpoint_last.pt")
+    parts = train("parts", "5")
+    runs.assert_same_end(parts, whole)
+    expected, found = validations(whole), {**validations(stopped), **validations(parts)}
+    assert found == expected and list(validations(parts)) == [3, 4, 5]
+    assert all(metric in log for log in expected.values())
+
+
+def test_with_averaged_weights_and_validation(classification, tmp_path):
+    """The average is validated: from the first update on, also across the stop."""
+    options = ["--optimizer", "delta_sam_adam", "--lr-scheduler", "swa_fixed", "--swa-start", "1"]
+    assert_resumed_with_validation(
+        *(classification, tmp_path, *options, "--report-mcc"), criterion="plain", metric="valid_mcc"
+    )
 
 
 def test_the_comparison_can_fail(classification, tmp_path):

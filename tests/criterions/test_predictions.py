@@ -9,6 +9,7 @@ from fairseq.logging import metrics
 from deltasam_fairseq.criterions.predictions import (
     class_ranks,
     f1,
+    log_reports,
     matthews,
     pearson,
     spearman,
@@ -66,6 +67,21 @@ def test_accuracy_is_weighted_by_sentences():
         for n, correct in ((4, 3), (1, 1))
     ]
     assert logged(R3FCriterion, logs)["accuracy"] == 80
+
+
+def test_a_validation_begins_anew_and_no_checkpoint_has_its_predictions():
+    """fairseq's aggregator "valid" outlives validations; it holds the predictions of the last."""
+    with metrics.aggregate(new_root=True):
+        for predicted in ([1, 0, 0, 0], [1, 0, 1, 0]):
+            log = {"pred": predicted, "targ": [1, 1, 0, 0], "report_mcc": True}
+            with metrics.aggregate(new_root=True) as root, metrics.aggregate("valid") as valid:
+                log_reports([log])
+                log_reports([log])
+            expected = round(100 * matthews(predicted, log["targ"]), 1)
+            assert root.get_smoothed_values() == valid.get_smoothed_values() == {"mcc": expected}
+            (key,) = [name for name in valid if name != "mcc"]
+            assert len(valid[key].predicted) == valid.get_smoothed_value(key) == 8
+            assert valid.state_dict() == []
 
 
 @pytest.mark.parametrize("name", ["r3f", "freelb"])
