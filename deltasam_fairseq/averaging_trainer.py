@@ -234,7 +234,6 @@ def says_if_nothing_was_averaged(train: Any) -> Any:
             )
         return losses, should_stop
 
-    wrapper._deltasam = True  # type: ignore[attr-defined]
     return wrapper
 
 

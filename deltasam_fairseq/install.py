@@ -141,7 +141,7 @@ def install() -> None:
         if not hasattr(program.validate, "_deltasam"):
             program.validate = validates_average(program.validate)
         if not hasattr(program.train, "_deltasam"):
-            program.train = says_if_nothing_was_averaged(program.train)
+            program.train = says_if_nothing_was_averaged(program.train)  # marked by the next line
         failures.explain_lost_ranks(program)
     if not hasattr(options.parse_args_and_arch, "_deltasam"):
         options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)
