@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Dict, List
 
 from benchmark_figures import WITHOUT_GRAPH, spread
 from benchmark_phases import ADDED, REST
+from binarize import write_whole
 from cost_model import table
 
 GIB = 2.0**30
@@ -153,19 +153,12 @@ def plot_sweep(record: Dict[str, Any], path: Path) -> None:
     pyplot.close(figure)
 
 
-def write(path: Path, text: str) -> None:
-    """Write a file in one step: whoever reads it finds the old text or the new."""
-    new = path.with_name(f"{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, path)
-
-
 def write_report(record: Dict[str, Any], out: Path, plot: bool) -> str:
     """Write benchmark.json, benchmark.md, and sweep.png if asked for; return the Markdown."""
-    write(out / "benchmark.json", json.dumps(record, indent=1) + "\n")
+    write_whole(out / "benchmark.json", json.dumps(record, indent=1) + "\n")
     text = markdown(record)
     if plot:
         plot_sweep(record, out / "sweep.png")
         text += "\n![Time of an update](sweep.png)\n"
-    write(out / "benchmark.md", text)
+    write_whole(out / "benchmark.md", text)
     return text

@@ -2,17 +2,21 @@
 
 from typing import Any, Type
 
+from fairseq.logging import meters as fairseq_meters
 from fairseq.logging import metrics
-from fairseq.logging.meters import MetersDict
 
 
-class GatheringMeter(MetersDict._DerivedMeter):
+class GatheringMeter(fairseq_meters.MetersDict._DerivedMeter):
     """Base of such meters: what they gather stays in the process.
 
     fairseq writes every meter of a validation into checkpoints, by the name of its class, and finds
     only its own classes again. Derived meters, as this is to it, it leaves out: a resumed run
     begins with new ones. `MetersDict.reset` leaves derived meters alone; `gather` begins them anew.
     """
+
+    def __init_subclass__(cls) -> None:
+        """Let fairseq find the class: checkpoints of earlier versions name it, without contents."""
+        setattr(fairseq_meters, cls.__name__, cls)
 
     def __init__(self) -> None:
         self.reset()

@@ -4,7 +4,6 @@ import warnings
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
-from fairseq.logging import meters as fairseq_meters
 from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 from scipy.stats import pearsonr, spearmanr
@@ -28,11 +27,6 @@ class Predictions(GatheringMeter):
 
     def __len__(self) -> int:
         return len(self.predicted)
-
-
-fairseq_meters.Predictions = (
-    Predictions  # checkpoints of earlier versions name it, without contents
-)
 
 
 def class_ranks(label_dictionary: Any, num_classes: int) -> List[int]:

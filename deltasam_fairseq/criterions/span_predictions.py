@@ -2,7 +2,6 @@
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from fairseq.logging import meters as fairseq_meters
 from fairseq.logging import metrics
 from fairseq.logging.meters import safe_round
 
@@ -66,9 +65,6 @@ class Questions(GatheringMeter):
             empty = window.threshold is not None and candidate.null_odds > window.threshold
             values.append(window.no_answer if empty else getattr(window, metric))
         return sum(values) / len(values)
-
-
-fairseq_meters.Questions = Questions  # checkpoints of earlier versions name it, without contents
 
 
 def log_answers(logging_outputs: Sequence[Dict[str, Any]]) -> None:
