@@ -10,7 +10,7 @@ This module sequences what an ascent consists of, as ``trainer`` does for the up
 """
 
 import contextlib
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Tuple, Union
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -40,6 +40,11 @@ from deltasam_fairseq.update_log import UpdateLog
 
 # A micro-batch on the device, and whether it is a dummy for one that this rank does not have.
 Prepared = Tuple[Dict[str, Any], bool]
+
+
+def autocast(cfg: Any) -> ContextManager[None]:
+    """What fairseq's task runs a forward in: under --amp, CUDA's autocast (none on a CPU)."""
+    return torch.autocast("cuda") if cfg.common.amp else contextlib.nullcontext()
 
 
 class Climber:
@@ -151,7 +156,7 @@ class Climber:
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
             with self._reduction.held_back(last=i == len(samples) - 1):
-                with self._autocast():
+                with autocast(self._trainer.cfg):
                     losses, sample_size, logging_output = self._forward(trainer.model, sample)
                 if len(samples) == 1:
                     reweighting = self._reweight(samples, [losses], replay, log)
@@ -185,7 +190,7 @@ class Climber:
                 done += n
             kept = most_unguarded(weights, self._sam.ascent_fraction)
             with self._reduction.held_back(last=i == len(samples) - 1):
-                with self._autocast():
+                with autocast(self._trainer.cfg):
                     losses = self._forward(self._trainer.model, self._take(sample, kept)).losses
                 self._backward((weights[kept].to(losses) * losses).sum())
             log.add(found.logging_output, found.sample_size, is_dummy)
@@ -221,7 +226,7 @@ class Climber:
     def _forwards(self, samples: List[Prepared], replay: Replay) -> List[PerSentence]:
         """Losses of all sentences, one `PerSentence` a micro-batch, without graph."""
         replay()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self._trainer.cfg):
             model = self._trainer.get_model()
             return [self._forward(model, sample) for sample, _ in samples]
 
@@ -239,7 +244,7 @@ class Climber:
         criterion, model = self._trainer.get_criterion(), self._trainer.get_model()
         total = self._forwards([(sample, False)], replay)[0].losses.double().sum().item()
         replay()
-        with torch.no_grad(), self._autocast():
+        with torch.no_grad(), autocast(self._trainer.cfg):
             stock = float(criterion(model, sample)[0])
         require_same_sum(criterion, total, stock, next(model.parameters()).dtype)
 
@@ -252,7 +257,3 @@ class Climber:
         if trainer.cfg.ema.store_ema and getattr(trainer.task, "uses_ema", False):
             return {"ema_model": trainer.ema.get_model()}
         return {}
-
-    def _autocast(self) -> Any:
-        amp = self._trainer.cfg.common.amp
-        return torch.autocast("cuda") if amp else contextlib.ExitStack()

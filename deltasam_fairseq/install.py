@@ -14,7 +14,7 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.registry import REGISTRIES
 
-from deltasam_fairseq import failures, launch, left_out
+from deltasam_fairseq import failures, flat_masters, launch, left_out
 from deltasam_fairseq.averaging_trainer import says_if_nothing_was_averaged, validates_average
 from deltasam_fairseq.checks import check_config
 from deltasam_fairseq.lr_schedulers import SWAConfig, SWAScheduler
@@ -133,6 +133,7 @@ def install() -> None:
     """Install the trainer, the checks and the mends; does nothing the second time."""
     launch.install()
     failures.install()
+    flat_masters.install()
     for program in _training_programs():
         if program.Trainer is fairseq.trainer.Trainer:
             program.Trainer = SharpnessAwareTrainer

@@ -19,7 +19,8 @@ from fairseq.logging import metrics
 from torch import Tensor
 from torch.nn import Parameter
 
-from deltasam_fairseq.ascent import Climber, Prepared
+from deltasam_fairseq.algorithms import multiplied_in
+from deltasam_fairseq.ascent import Climber, Prepared, autocast
 from deltasam_fairseq.averaging_trainer import AveragingTrainer
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
@@ -29,6 +30,13 @@ from deltasam_fairseq.run_state import load_run_state, run_state
 from deltasam_fairseq.update_log import UpdateLog, on_host, without_ascent
 
 logger = logging.getLogger(__name__)
+
+_AMP = (
+    "--amp: fairseq divides gradients by the loss scale twice before any optimizer steps. Adam is "
+    "indifferent to it, but for --adam-eps, which acts like eps times the scale; the steps of sgd "
+    "and the like are smaller by the scale. --fp16 has no such fault (docs/half_precision.md)"
+)
+_AMP_ON_A_CPU = "--amp: fairseq casts on GPUs only; without one this run computes in float32"
 
 
 class SharpnessAwareTrainer(AveragingTrainer):
@@ -63,6 +71,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
             self._climber = Climber(self, sam, weights)
             logger.info(sam.describe())
+            if self.cfg.common.amp:
+                logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
             if weights.partial:
                 logger.info(weights.describe())
 
@@ -87,7 +97,10 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
         if sam is None:
             return self._fairseqs_step(samples, raise_oom)
-        sam.restore()  # fairseq re-enters here for an AMP retry, with the weights still perturbed
+        if self._update_log is not None:
+            # fairseq's step overflowed under AMP and enters here anew, the weights perturbed.
+            self._count_overflow(self._update_log)
+        sam.restore()
         if not sam.active(self.get_num_updates()):
             sam.skip_ascent()
             without_ascent()
@@ -121,10 +134,14 @@ class SharpnessAwareTrainer(AveragingTrainer):
         stats = self._fairseqs_step(samples, raise_oom)
         scales = getattr(self.optimizer, "scaler", None) is not None
         skipped = stats is None and self.get_num_updates() == updates
-        if skipped and scales and not self._ran_out_of_memory:
-            where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
-            metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
+        retried = self._update_log is not log  # an AMP retry is an update of its own
+        if skipped and scales and not self._ran_out_of_memory and not retried:
+            self._count_overflow(log)
         return stats
+
+    def _count_overflow(self, log: Optional[UpdateLog]) -> None:
+        where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
+        metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
 
     def _fairseqs_step(self, samples: List[Any], raise_oom: bool) -> Any:
         """fairseq's own train_step, which on a CPU too skips an update that overflows."""
@@ -181,9 +198,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
 
     def _compute_dtype(self) -> torch.dtype:
         """What the forward multiplies weights in."""
-        if self.cfg.common.amp and self.cuda:
-            return torch.get_autocast_gpu_dtype()
-        return self._trainable()[0].dtype
+        with autocast(self.cfg):
+            return multiplied_in(self._trainable()[0])
 
     def _loss_scale(self) -> float:
         """What `optimizer.backward` multiplies the loss by."""

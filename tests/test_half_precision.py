@@ -1,5 +1,6 @@
 """Half precision in fairseq's trainer, as far as a CPU can run it; CUDA where there is one."""
 
+import functools
 import json
 import sys
 from argparse import Namespace
@@ -19,13 +20,36 @@ sys.path.insert(0, str(ROOT / "scripts"))
 
 MODES = {
     "fp16": ["--fp16", "--fp16-no-flatten-grads"],
+    "flat-fp16": ["--fp16"],
     "bf16": ["--bf16"],
     "memory-efficient-fp16": ["--memory-efficient-fp16"],
     "memory-efficient-bf16": ["--memory-efficient-bf16"],
+    "amp": ["--amp"],
 }
 OPTIMIZERS = ["sam_adam", "delta_sam_adam"]
 everywhere = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 in_all_modes = pytest.mark.parametrize("mode", list(MODES))
+
+
+@pytest.fixture(autouse=True)
+def autocast_of_a_cpu(request, monkeypatch):
+    """--amp as on a GPU: fairseq asks for CUDA's autocast and CUDA's scaler, and gets the CPU's,
+    in CUDA's precision."""
+    if getattr(request.node, "callspec", None) is None:
+        return
+    if request.node.callspec.params.get("mode") != "amp":
+        return
+    if not hasattr(torch.amp, "GradScaler"):
+        pytest.skip("before 2.3 torch's scaler of the loss is CUDA's alone")
+    real = torch.autocast
+
+    def autocast(device="cuda", enabled=True):
+        return real("cpu", dtype=torch.float16, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", autocast)
+    monkeypatch.setattr(torch.cuda.amp, "autocast", lambda enabled: autocast(enabled=enabled))
+    scaler = functools.partial(torch.amp.GradScaler, "cpu")
+    monkeypatch.setattr(torch.cuda.amp, "GradScaler", scaler)
 
 
 def build(data, tmp_path, optimizer, mode, *more):
@@ -45,8 +69,13 @@ def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode)
     trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(tiny.weights(trainer)))
     for sample in tiny.batches(trainer):
         trainer.train_step([sample])
-    assert before[0].dtype in (torch.float16, torch.bfloat16)
+    dtype = sharpness_aware(trainer.optimizer).half_dtype
+    assert dtype == (torch.bfloat16 if "bf16" in mode else torch.float16)
+    assert before[0].dtype == (torch.float32 if mode == "amp" else dtype)
     assert any(not equal(weights, before) for weights in seen)
+    for at_eps, own in zip(seen[-1], before):  # what the cast in a product leaves alone
+        moved = at_eps[at_eps != own]
+        assert torch.equal(moved.to(dtype).to(moved), moved)
     assert equal(tiny.weights(trainer), before)
 
 
@@ -55,7 +84,8 @@ def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode)
 def test_no_second_copy_where_there_are_float32_masters(classification, tmp_path, optimizer, mode):
     trainer = build(classification, tmp_path, optimizer, mode)
     weights = sharpness_aware(trainer.optimizer).weights
-    assert isinstance(weights, SwappedWeights if "memory" in mode else OverwrittenWeights)
+    masters = "memory" not in mode and mode != "amp"
+    assert isinstance(weights, OverwrittenWeights if masters else SwappedWeights)
     trainer.train_step(tiny.batches(trainer)[:1])
     if isinstance(weights, OverwrittenWeights):
         for p, master in zip(trainer._trainable(), weights.values(trainer._trainable())):
@@ -91,6 +121,9 @@ def test_resumed_is_uninterrupted_bitwise(classification, tmp_path, optimizer, m
     if "fp16" in mode:
         assert vars(whole.optimizer.scaler) == vars(resumed.optimizer.scaler)
         assert whole.optimizer.scaler.loss_scale > 128
+    if mode == "amp":
+        assert whole.optimizer.scaler.is_enabled()
+        assert whole.optimizer.scaler.state_dict() == resumed.optimizer.scaler.state_dict()
 
 
 def test_weights_changed_in_a_checkpoint_are_not_undone_by_its_masters(classification, tmp_path):
@@ -123,8 +156,11 @@ def spoil_gradient_at(trainer, call):
     trainer.task.train_step = train_step
 
 
-@pytest.mark.parametrize("mode", ["fp16", "memory-efficient-fp16"])
-@pytest.mark.parametrize("where, call", [("ascent", 1), ("descent", 2)])
+overflows = pytest.mark.parametrize("where, call", [("ascent", 1), ("descent", 2)])
+
+
+@pytest.mark.parametrize("mode", ["fp16", "flat-fp16", "memory-efficient-fp16"])
+@overflows
 def test_overflow_skips_the_update_once(classification, tmp_path, mode, where, call):
     """The scale is halved once, w is untouched, the next update is made; counted where it was."""
     from fairseq.logging import metrics
@@ -140,6 +176,57 @@ def test_overflow_skips_the_update_once(classification, tmp_path, mode, where, c
     assert trainer.optimizer.scaler.loss_scale == 64 and trainer.get_num_updates() == 1
     assert agg[f"sam_overflows_{where}"].sum == 1
     assert f"sam_overflows_{'descent' if where == 'ascent' else 'ascent'}" not in agg
+
+
+@pytest.mark.parametrize("mode", ["amp"])
+@pytest.mark.parametrize("retries", [0, 2])
+@overflows
+def test_overflow_under_amp_is_retried_or_skipped(
+    classification, tmp_path, mode, retries, where, call
+):
+    """fairseq makes the update of the same batch anew, at half the scale, as often as it may."""
+    from fairseq.logging import metrics
+
+    more = ("--amp-batch-retries", str(retries))
+    trainer = build(classification, tmp_path, "sam_adam", mode, *more)
+    samples, before = tiny.batches(trainer), tiny.weights(trainer)
+    spoil_gradient_at(trainer, call)
+    with metrics.aggregate() as agg:
+        done = trainer.train_step(samples[:1]) is not None
+        assert done == bool(retries) and trainer.get_num_updates() == int(done)
+        assert equal(tiny.weights(trainer), before) != done
+        assert trainer.train_step(samples[1:2]) is not None
+    assert trainer.optimizer.scaler.get_scale() == 64
+    assert agg[f"sam_overflows_{where}"].sum == 1
+    assert f"sam_overflows_{'descent' if where == 'ascent' else 'ascent'}" not in agg
+
+
+@pytest.mark.parametrize("mode", ["flat-fp16", "amp"])
+@everywhere
+def test_trains_like_float32(classification, tmp_path, optimizer, mode):
+    """The losses of eight updates, with a radius at which those of Adam are others."""
+
+    def losses(*options):
+        trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *options))
+        return torch.tensor([trainer.train_step([s])["loss"] for s in tiny.batches(trainer) * 2])
+
+    sam = ("--optimizer", optimizer, "--sam-rho", "0.2")
+    exact = losses(*sam)
+    apart = (losses("--optimizer", "adam") - exact).abs().max()
+    assert apart > 0.03 and (losses(*sam, *MODES[mode]) - exact).abs().max() < apart / 2
+
+
+@pytest.mark.parametrize("mode", ["amp"])
+def test_fairseq_divides_amps_gradients_by_the_scale_twice(classification, tmp_path, mode):
+    """What docs/half_precision.md warns of: once it is false, the warning goes."""
+    norms = {}
+    for name, options in (("amp", MODES[mode]), ("float32", [])):
+        argv = tiny.arguments(classification, tmp_path, "--optimizer", "sgd", *options)
+        trainer = tiny.build_trainer([*argv, "--lr", "0"])
+        trainer.train_step(tiny.batches(trainer)[:1])
+        grads = [p.grad for p in trainer._trainable() if p.grad is not None]
+        norms[name] = torch.stack([g.norm() for g in grads]).norm()
+    assert norms["float32"] / norms["amp"] == pytest.approx(128, rel=0.01)
 
 
 @everywhere

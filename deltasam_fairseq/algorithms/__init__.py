@@ -36,7 +36,11 @@ from deltasam_fairseq.algorithms.reweighting import (
     guardedness_sums,
     reweight,
 )
-from deltasam_fairseq.algorithms.rounding import round_stochastically, unit_roundoff
+from deltasam_fairseq.algorithms.rounding import (
+    multiplied_in,
+    round_stochastically,
+    unit_roundoff,
+)
 from deltasam_fairseq.algorithms.sam import (
     Ascent,
     Rounding,
@@ -67,6 +71,7 @@ __all__ = [
     "guardedness_sums",
     "kl",
     "move_along_",
+    "multiplied_in",
     "normalised",
     "probe_generator",
     "project",

@@ -42,6 +42,16 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generat
     return torch.where(x == x, rounded, x)
 
 
+def multiplied_in(x: Tensor) -> torch.dtype:
+    """Precision that a matrix product multiplies ``x`` in, under the autocast in force.
+
+    Asks a product of two numbers, which on any device and in any version of torch is right.
+    """
+    one = torch.ones(1, 1, dtype=torch.float32, device=x.device)
+    product = torch.mm(one, one).dtype
+    return product if x.dtype == torch.float32 else x.dtype
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of rounding to nearest: 2^-11 for float16, 2^-8 for bfloat16."""
     return torch.finfo(dtype).eps / 2

@@ -95,12 +95,6 @@ class Batch:
 
     # Perturbations
 
-    def compute_dtype(self, dtype: torch.dtype) -> torch.dtype:
-        """What the forward multiplies embeddings of ``dtype`` in."""
-        if self.tokens.is_cuda and torch.is_autocast_enabled():
-            return torch.get_autocast_gpu_dtype()
-        return dtype
-
     def zeros(self) -> Tensor:
         """No perturbation; shape (B, T, C), at least float32."""
         embedded = self.embeddings.of(self.tokens)

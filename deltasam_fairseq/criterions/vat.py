@@ -15,7 +15,7 @@ import torch
 from fairseq.criterions import register_criterion
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import normalised, sentence_norm, unit_roundoff
+from deltasam_fairseq.algorithms import multiplied_in, normalised, sentence_norm, unit_roundoff
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.masks import SameMasks
 from deltasam_fairseq.criterions.options import option
@@ -92,7 +92,7 @@ class VAT(Regulariser):
         """
         embedded = batch.embeddings.of(batch.tokens) * batch.mask.unsqueeze(-1)
         size = sentence_norm(embedded.to(torch.promote_types(embedded.dtype, torch.float32)), 2)
-        return unit_roundoff(batch.compute_dtype(embedded.dtype)) ** 0.5 * size
+        return unit_roundoff(multiplied_in(embedded)) ** 0.5 * size
 
 
 @register_criterion("vat", dataclass=VATConfig)

@@ -23,6 +23,7 @@ OPTIMIZERS = {
         *("--optimizer", "delta_sam_adam", "--fp16", "--fp16-no-flatten-grads"),
         *("--fp16-init-scale", "4", "--fp16-scale-window", "2"),
     ],
+    "half precision with flat float32 copies": ["--optimizer", "delta_sam_adam", "--fp16"],
     "a fraction": ["--optimizer", "sam_adam", "--sam-ascent-fraction", "0.3"],
     "a fraction, accumulated": [
         *("--optimizer", "delta_sam_adam", "--sam-ascent-fraction", "0.3", "--update-freq", "2"),
