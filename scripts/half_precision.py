@@ -7,7 +7,11 @@ For each rho, against float64 on the same sentences, weights and random directio
 - probe: total variation between g (Eq. 4) and the float64 g, and the correlation of a_j (Eq. 3);
   with the literal radius rho, and with the radius of the rule;
 - ascent: the rise of the loss, evaluated in float64, relative to that of the exact eps*; with
-  the step rounded to nearest, and stochastically; and the share realised along eps*.
+  the step rounded to nearest, and stochastically (mean and standard deviation of one rounding);
+  and the share realised along eps*.
+
+amp is what --amp does on a GPU, by the autocast of a CPU to float16: float32 weights, rounded to
+values that the cast in a product leaves alone.
 
 Writes OUT.md (the table), OUT.json and OUT.png (a_j at the probe over the radius). The model
 runs in eval mode, on the CPU; all of it is the plugin's own code but for the nearest rounding.
@@ -30,7 +34,13 @@ from deltasam_fairseq.algorithms import draw_direction_, guardedness, probe_gene
 from deltasam_fairseq.criterions import per_sentence_losses
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# What the weights are kept in, and what a product multiplies them in.
+PRECISIONS = {
+    "fp32": (torch.float32, torch.float32),
+    "fp16": (torch.float16, torch.float16),
+    "bf16": (torch.bfloat16, torch.bfloat16),
+    "amp": (torch.float32, torch.float16),
+}
 SEED = 1
 
 
@@ -44,6 +54,7 @@ class Measured(NamedTuple):
     correlation_rule: float
     rise_nearest: float
     rise_stochastic: float
+    scatter: float
     realised: float
 
 
@@ -56,7 +67,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--valid-subset", default="valid", help="split to take sentences from")
     parser.add_argument("--batch-size", type=int, default=32, help="sentences of the batch")
     parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
-    parser.add_argument("--draws", type=int, default=3, help="probes, and rounded steps, averaged")
+    parser.add_argument("--draws", type=int, default=3, help="probes that are averaged")
+    parser.add_argument("--roundings", type=int, default=20, help="rounded steps that are averaged")
     parser.add_argument("--out", type=Path, required=True, help="prefix of the files written")
     parser.add_argument("--no-plot", action="store_true", help="without OUT.png")
     return parser.parse_args()
@@ -66,16 +78,23 @@ class Model:
     """One precision of the model: its weights, its optimizer, its losses.
 
     In half precision the weights are rounded float32 masters, as in fairseq's FP16Optimizer.
+
+    Args:
+        model, criterion, sample: with weights in float32, in eval mode.
+        kept_in: precision of the weights.
+        dtype: precision of the products, under autocast if it is another.
     """
 
-    def __init__(self, model: Any, criterion: Any, sample: Any, dtype: torch.dtype) -> None:
-        self.model, self.criterion = copy.deepcopy(model).to(dtype), criterion
+    def __init__(
+        self, model: Any, criterion: Any, sample: Any, kept_in: torch.dtype, dtype: torch.dtype
+    ) -> None:
+        self.model, self.criterion = copy.deepcopy(model).to(kept_in), criterion
         self.sample, self.dtype = sample, dtype
+        self.autocast = kept_in != dtype
         self.params: List[Parameter] = [p for p in self.model.parameters() if p.requires_grad]
         originals = [p for p in model.parameters() if p.requires_grad]
         masters = {p: o.data.float() for p, o in zip(self.params, originals)}
-        self.half = torch.finfo(dtype).bits < 32
-        self.masters = masters if self.half else None
+        self.masters = masters if torch.finfo(kept_in).bits < 32 else None
 
     def sam(self, rho: float, radius: Any = None) -> SharpnessAwareOptimizer:
         options = DeltaSAMConfig(sam_rho=rho, delta_sam_probe_radius=radius)
@@ -84,7 +103,10 @@ class Model:
         return optimizer
 
     def losses(self) -> Tensor:
-        return per_sentence_losses(self.criterion, self.model, self.sample).losses
+        with torch.autocast(
+            "cpu", dtype=self.dtype if self.autocast else None, enabled=self.autocast
+        ):
+            return per_sentence_losses(self.criterion, self.model, self.sample).losses
 
     def guardedness(self, rho: float, radius: Any, draw: int) -> Any:
         sam = self.sam(rho, radius)
@@ -129,20 +151,21 @@ class _Detached(SharpnessAwareOptimizer):
         return None
 
 
-def rise_in_float64(exact: Model, values: List[Tensor]) -> float:
-    """Rise of the mean loss, in float64, when the weights take these values."""
+def loss_in_float64(exact: Model, values: List[Tensor]) -> float:
+    """Mean loss, in float64, when the weights take these values."""
     before = [p.data for p in exact.params]
     with torch.no_grad():
-        clean = exact.losses().mean()
         for p, value in zip(exact.params, values):
             p.data = value.double()
-        rise = exact.losses().mean() - clean
+        loss = exact.losses().mean()
         for p, value in zip(exact.params, before):
             p.data = value
-    return rise.item()
+    return loss.item()
 
 
-def measure(exact: Model, model: Model, name: str, rho: float, draws: int) -> Measured:
+def measure(
+    exact: Model, model: Model, name: str, rho: float, draws: int, roundings: int
+) -> Measured:
     """All figures of one precision at one rho."""
     sums: Dict[str, List[float]] = {}
 
@@ -162,32 +185,38 @@ def measure(exact: Model, model: Model, name: str, rho: float, draws: int) -> Me
     grads = exact.gradient()
     norm = torch.stack([g.norm() for g in grads]).norm()
     steps = [rho * g / norm for g in grads]
-    whole = rise_in_float64(exact, [p.data + s for p, s in zip(exact.params, steps)])
+    clean = loss_in_float64(exact, [p.data for p in exact.params])
+    whole = loss_in_float64(exact, [p.data + s for p, s in zip(exact.params, steps)]) - clean
     own = model.gradient()
     own_norm = torch.stack([g.double().norm() for g in own]).norm()
     nearest = [
         (p.data.float() + (g.float() * (rho / own_norm).float())).to(model.dtype)
         for p, g in zip(exact.params, own)
     ]
-    note("rise_nearest", rise_in_float64(exact, nearest) / whole)
-    for draw in range(draws):
+    note("rise_nearest", (loss_in_float64(exact, nearest) - clean) / whole)
+    for draw in range(roundings if torch.finfo(model.dtype).bits < 32 else 1):
         sam = model.sam(rho)
         ascent = sam.ascend(model.params, SEED, draw)
         note("realised", ascent.realised)
-        note("rise_stochastic", rise_in_float64(exact, [p.data for p in model.params]) / whole)
+        note(
+            "rise_stochastic",
+            (loss_in_float64(exact, [p.data for p in model.params]) - clean) / whole,
+        )
         sam.restore()
-    return Measured(name, rho, **{k: sum(v) / len(v) for k, v in sums.items()})
+    scatter = float(torch.tensor(sums["rise_stochastic"]).std(unbiased=False))
+    means = {k: sum(v) / len(v) for k, v in sums.items()}
+    return Measured(name, rho, scatter=scatter, **means)
 
 
 def table(rows: List[Measured], command: str, size: int, sentences: int) -> str:
     head = (
         "| dtype | rho | TV, radius rho | TV, rule | corr., radius rho | corr., rule | radius "
-        "| rise, nearest | rise, stochastic | realised |\n" + "|---" * 10 + "|\n"
+        "| rise, nearest | rise, stochastic | scatter | realised |\n" + "|---" * 11 + "|\n"
     )
     body = "".join(
         f"| {r.dtype} | {r.rho:g} | {r.tv_literal:.3f} | {r.tv_rule:.3f} "
         f"| {r.correlation_literal:.3f} | {r.correlation_rule:.4f} | {r.radius:.3g} "
-        f"| {r.rise_nearest:.3f} | {r.rise_stochastic:.3f} | {r.realised:.3f} |\n"
+        f"| {r.rise_nearest:.3f} | {r.rise_stochastic:.3f} | {r.scatter:.3f} | {r.realised:.3f} |\n"
         for r in rows
     )
     return f"{size / 1e6:.1f}M weights, {sentences} sentences: `{command}`\n\n{head}{body}"
@@ -230,12 +259,12 @@ def main() -> None:
     task.load_dataset(args.valid_subset)
     dataset = task.dataset(args.valid_subset)
     sample = dataset.collater([dataset[i] for i in range(min(args.batch_size, len(dataset)))])
-    exact = Model(model, criterion, sample, torch.float64)
-    models = {name: Model(model, criterion, sample, dtype) for name, dtype in DTYPES.items()}
+    exact = Model(model, criterion, sample, torch.float64, torch.float64)
+    models = {name: Model(model, criterion, sample, *each) for name, each in PRECISIONS.items()}
     rows = []
     for name, each in models.items():
         for rho in args.sam_rho_list:
-            rows.append(measure(exact, each, name, rho, args.draws))
+            rows.append(measure(exact, each, name, rho, args.draws, args.roundings))
             print(f"{name} rho {rho:g}: {rows[-1]._asdict()}", file=sys.stderr, flush=True)
     size = sum(p.numel() for p in exact.params)
     shown = ["--path", Path(args.path).name, "--batch-size", str(args.batch_size)]

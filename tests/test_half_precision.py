@@ -314,17 +314,21 @@ def measured(tmp_path_factory):
         trainer.train_step([sample])
     model = trainer.get_model().eval()
     sample = tiny.batches(trainer, 32)[0]
-    exact = half_precision.Model(model, trainer.get_criterion(), sample, torch.float64)
-    rows = []
-    for name, dtype in half_precision.DTYPES.items():
-        each = half_precision.Model(model, trainer.get_criterion(), sample, dtype)
-        rows += [half_precision.measure(exact, each, name, rho, 2) for rho in (0.01, 0.02, 0.05)]
-    return rows
+
+    def in_precision(kept_in, dtype):
+        return half_precision.Model(model, trainer.get_criterion(), sample, kept_in, dtype)
+
+    exact = in_precision(torch.float64, torch.float64)
+    return [
+        half_precision.measure(exact, in_precision(*each), name, rho, draws=2, roundings=20)
+        for name, each in half_precision.PRECISIONS.items()
+        for rho in (0.01, 0.02, 0.05)
+    ]
 
 
 def test_weights_of_sentences_are_those_of_float64(measured):
     """Total variation between g and the float64 g, and that the literal probe is far from it."""
-    bound = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.08}
+    bound = {"fp32": 0.02, "fp16": 0.05, "bf16": 0.08, "amp": 0.05}
     for row in measured:
         assert row.tv_rule < bound[row.dtype], row
         if row.dtype != "fp32":
@@ -332,7 +336,7 @@ def test_weights_of_sentences_are_those_of_float64(measured):
 
 
 def test_rise_of_the_loss_is_that_of_the_exact_ascent(measured):
-    """Within 3 %, averaged over the draws of the rounding."""
+    """Within 3 %, averaged over the draws of the rounding, of which one scatters by up to 4 %."""
     for row in measured:
         assert row.rise_stochastic == pytest.approx(1, abs=0.03), row
         assert row.realised == pytest.approx(1, abs=0.03), row

@@ -37,13 +37,16 @@ from deltasam_fairseq.algorithms.reweighting import (
     reweight,
 )
 from deltasam_fairseq.algorithms.rounding import (
+    OPERATIONS,
+    Kernels,
+    StochasticRounding,
     multiplied_in,
+    random_bits,
     round_stochastically,
     unit_roundoff,
 )
 from deltasam_fairseq.algorithms.sam import (
     Ascent,
-    Rounding,
     asam_ascent_,
     global_norm,
     move_along_,
@@ -51,13 +54,15 @@ from deltasam_fairseq.algorithms.sam import (
 )
 
 __all__ = [
+    "OPERATIONS",
     "PROBE",
     "ROUNDING",
     "SENTENCES",
     "STRATEGIES",
     "Ascent",
+    "Kernels",
     "Reweighting",
-    "Rounding",
+    "StochasticRounding",
     "annealed_rate",
     "asam_ascent_",
     "cyclical_rate",
@@ -75,6 +80,7 @@ __all__ = [
     "normalised",
     "probe_generator",
     "project",
+    "random_bits",
     "resolvable_radius",
     "reweight",
     "round_stochastically",

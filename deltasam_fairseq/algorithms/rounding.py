@@ -6,40 +6,189 @@ Stochastic rounding goes up or down with the probabilities that make the mean ex
 (Connolly, Higham and Mary 2021, "Stochastic Rounding and Its Probabilistic Error Analysis").
 """
 
+from typing import Callable, Iterable, Iterator, List, NamedTuple, Tuple
+
 import torch
 from torch import Tensor
 
-# Bits of a float32 that the format has no room for, and its smallest normal number.
+# Bits of a float32 that the format has no room for.
 _DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16}
+_RANDOM_BITS = 15
+
+# Weights that are rounded at a time. On a CPU what is computed in between stays in the cache; a
+# GPU wants few and large operations.
+_AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
-def round_stochastically(x: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+def random_bits(n: int, generator: torch.Generator) -> Tensor:
+    """``n`` random numbers below 2^15, two of each draw; int16, on the generator's device."""
+    pairs = torch.empty((n + 1) // 2, dtype=torch.int32, device=generator.device)
+    return pairs.random_(generator=generator).bitwise_and_(0x7FFF7FFF).view(torch.int16)[:n]
+
+
+def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype``, so that the expectation is ``x``.
 
-    Adds random bits below the last place that is kept, and cuts off there. Below float16's
-    smallest normal number the spacing is constant, and the rounding is done in its units.
+    Adds random bits below the last place that is kept, and cuts off there. What is left of a
+    number below float16's smallest normal one is still too long: there, uniform noise of half a
+    unit in the last place, independent of the first, makes the cast round stochastically. It
+    changes no other number, for it is less than half a unit of any.
 
     Args:
-        x: float32, any shape; it is not changed. Numbers beyond the range of ``dtype`` become
-            infinite when they are cast, NaN and infinity stay.
+        x: float32, flat; it is not changed. Numbers beyond the range of ``dtype`` become infinite.
         dtype: torch.float16 or torch.bfloat16.
-        generator: on the device of ``x``; the same everywhere gives the same result everywhere.
+        bits: `random_bits`, as many.
 
     Returns:
-        float32 with values that ``dtype`` holds exactly, same shape.
+        ``dtype``, same shape.
     """
     dropped = _DROPPED_BITS[dtype]
-    random_bits = torch.empty(x.shape, dtype=torch.int32, device=x.device)
-    random_bits.random_(0, 1 << dropped, generator=generator)
-    bits = x.contiguous().view(torch.int32)
-    rounded = (bits + random_bits).bitwise_and_(-(1 << dropped)).view(torch.float32)
+    if dropped > _RANDOM_BITS:
+        noisy = torch.add(x.view(torch.int32), bits, alpha=1 << (dropped - _RANDOM_BITS))
+    else:
+        noisy = x.view(torch.int32) + (bits >> (_RANDOM_BITS - dropped))
+    rounded = noisy.bitwise_and_(-(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
-        spacing = 2.0**-24
-        uniform = random_bits.float().mul_(2.0**-dropped)
-        fine = uniform.add_(x * (1 / spacing)).floor_().mul_(spacing)
-        rounded = torch.where(x.abs() < torch.finfo(dtype).tiny, fine, rounded)
-    # Infinity has no bits to lose; a NaN of all ones would become zero.
-    return torch.where(x == x, rounded, x)
+        # 12 bits: the sum is exact below 2^-13, and above it the noise is less than half a unit.
+        unit, parts = 2.0**-24, 1 << 12
+        rounded.add_((bits >> (_RANDOM_BITS - 12)).roll(1), alpha=unit / parts)
+        rounded.sub_(unit * (0.5 - 0.5 / parts))
+    return rounded.to(dtype)
+
+
+def round_moved(
+    weights: Tensor, direction: Tensor, scale: Tensor, bits: Tensor, dtype: torch.dtype
+) -> Tensor:
+    """``w + scale d`` in float32, rounded by `round_stochastically` where ``w`` moves at all.
+
+    Args:
+        weights: ``w``, flat, float32 or ``dtype``.
+        direction: ``d``, likewise.
+        scale: float32, shape (1,).
+        bits: `random_bits`, as many.
+        dtype: of the result.
+
+    Returns:
+        the moved weights, same shape; NaN if ``scale`` is.
+    """
+    step = direction * scale
+    moved = weights + step
+    # Neither for a step of 0 nor for NaN, whose bits on a GPU are all ones and would overflow.
+    moves = step.abs() > 0
+    return torch.where(moves, round_stochastically(moved, dtype, bits), moved.to(dtype))
+
+
+def realised_along(
+    result: Tensor, weights: Tensor, direction: Tensor, scale: Tensor
+) -> Tuple[Tensor, Tensor]:
+    """How far the weights went along the step that they were to make.
+
+    Returns:
+        ``(w' - w) . scale d`` and ``||scale d||^2``, 0-dim float32.
+    """
+    step = direction * scale
+    return torch.dot(result.float() - weights, step), torch.dot(step, step)
+
+
+class Kernels(NamedTuple):
+    """What is computed of a piece of the weights, one operation after the other or fused."""
+
+    round_moved: Callable[..., Tensor]
+    realised_along: Callable[..., Tuple[Tensor, Tensor]]
+
+
+OPERATIONS = Kernels(round_moved, realised_along)
+
+
+class StochasticRounding:
+    """Moves weights, rounded to half precision, in bulk: small tensors together, large in pieces.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16.
+        generator: on the device of the weights; the same one gives the same result.
+        kernels: an implementation of `round_moved` and `realised_along`.
+    """
+
+    def __init__(
+        self, dtype: torch.dtype, generator: torch.Generator, kernels: Kernels = OPERATIONS
+    ) -> None:
+        self.dtype = dtype
+        self._generator = generator
+        self._kernels = kernels
+
+    def move_(
+        self,
+        out: Iterable[Tensor],
+        weights: Iterable[Tensor],
+        direction: Iterable[Tensor],
+        scale: Tensor,
+    ) -> Tensor:
+        """``out_i = w_i + scale d_i``, rounded.
+
+        Args:
+            out: receives the result, of the precision that is rounded to; or of float32, which
+                then has values that ``dtype`` holds, but where nothing moved its own.
+            weights, direction, scale: as in `move_along_`.
+
+        Returns:
+            share of the movement that is left along its direction, 0-dim float64.
+        """
+        scale = scale.to(torch.float32).reshape(1)
+        pieces = _in_bulk(zip(out, weights, direction))
+        sums = [torch.stack(self._move_(*piece, scale)) for piece in pieces]
+        if not sums:
+            return torch.ones((), dtype=torch.float64)
+        along, whole = torch.stack(sums).double().sum(dim=0)
+        return torch.where(whole > 0, along / whole, torch.ones_like(whole))
+
+    def _move_(
+        self, out: List[Tensor], w: Tensor, d: Tensor, scale: Tensor
+    ) -> Tuple[Tensor, Tensor]:
+        bits = random_bits(w.numel(), self._generator)
+        rounded = self._kernels.round_moved(w, d, scale, bits, self.dtype)
+        along = self._kernels.realised_along(rounded, w, d, scale)
+        if out[0].dtype == torch.float32:
+            rounded = torch.where(d * scale == 0, w, rounded.float())
+        for v, values in zip(out, rounded.split([v.numel() for v in out])):
+            v.copy_(values.view_as(v))
+        return along
+
+
+# A tensor that receives the result, its weights, their direction.
+_Tensors = Tuple[Tensor, Tensor, Tensor]
+
+
+def _in_bulk(tensors: Iterable[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor, Tensor]]:
+    """Regroup into pieces of nearly one size.
+
+    Yields:
+        tensors that receive the result; the weights and the directions of all of them, flat.
+    """
+    together: List[_Tensors] = []
+    for v, w, d in tensors:
+        size = _AT_A_TIME.get(v.device.type, _AT_A_TIME["cuda"])
+        if v.numel() >= size and all(t.is_contiguous() for t in (v, w, d)):
+            for piece in zip(*(t.view(-1).split(size) for t in (v, w, d))):
+                yield [piece[0]], piece[1], piece[2]
+            continue
+        full = sum(t[0].numel() for t in together) + v.numel() > size
+        if full or not _alike(together, (v, w, d)):
+            yield from _joined(together)
+            together = []
+        together.append((v, w, d))
+    yield from _joined(together)
+
+
+def _alike(some: List[_Tensors], other: _Tensors) -> bool:
+    kinds = {tuple((t.dtype, t.device) for t in tensors) for tensors in [*some[:1], other]}
+    return len(kinds) == 1
+
+
+def _joined(tensors: List[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor, Tensor]]:
+    if tensors:
+        out, weights, direction = zip(*tensors)
+        w, d = (torch.cat([t.reshape(-1) for t in each]) for each in (weights, direction))
+        yield list(out), w, d
 
 
 def multiplied_in(x: Tensor) -> torch.dtype:

@@ -4,17 +4,16 @@ Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Gener
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
 """
 
-from typing import Callable, Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
-# Elements that are rounded at a time: all that the rounding needs in between is then small
-# beside the weights.
-_PIECE = 1 << 20
+from deltasam_fairseq.algorithms.rounding import StochasticRounding
 
-# From the float32 values that the perturbed weights should have to those that they can have.
-Rounding = Callable[[Tensor], Tensor]
+# Elements of half precision that are moved at a time: the float32 values in between are then
+# small beside the weights.
+_PIECE = 1 << 20
 
 
 class Ascent(NamedTuple):
@@ -71,7 +70,7 @@ def move_along_(
     weights: Iterable[Tensor],
     direction: Iterable[Tensor],
     scale: Tensor,
-    rounding: Optional[Rounding] = None,
+    rounding: Optional[StochasticRounding] = None,
 ) -> Tensor:
     """``out_i = w_i + scale * d_i``, in at least float32, then rounded.
 
@@ -80,30 +79,22 @@ def move_along_(
         weights: ``w``, of any precision at least that of ``out``.
         direction: ``d``, same shapes; consumed one at a time, so that it may be a generator.
         scale: 0-dim tensor.
-        rounding: to the values that ``out`` is to have; default: what its dtype rounds to.
+        rounding: default: to nearest.
 
     Returns:
         share of the movement that ``rounding`` left along its direction, see `Ascent`.
     """
-    lost, whole = torch.zeros_like(scale), torch.zeros_like(scale)
+    if rounding is not None:
+        return rounding.move_(out, weights, direction, scale)
     for tensors in zip(out, weights, direction):
         v, w, d = tensors
-        if rounding is None and v.dtype == w.dtype == d.dtype and v.element_size() >= 4:
+        if v.dtype == w.dtype == d.dtype and v.element_size() >= 4:
             torch.addcmul(w, d, scale.to(w.device, w.dtype), out=v)
             continue
         for v, w, d in _pieces(*tensors):
             w = _at_least_float32(w)
-            step = d.to(w.dtype) * scale.to(w.device, w.dtype)
-            moved = w + step
-            if rounding is None:
-                v.copy_(moved)
-                continue
-            # Without a step there is nothing to round.
-            rounded = torch.where(step == 0, w, rounding(moved))
-            v.copy_(rounded)
-            whole += torch.sum(step * step, dtype=torch.float64)
-            lost += torch.sum(moved.sub_(rounded).mul_(step), dtype=torch.float64)
-    return 1 - torch.where(whole > 0, lost / whole, torch.zeros_like(whole))
+            v.copy_(w + d.to(w.dtype) * scale.to(w.device, w.dtype))
+    return torch.ones_like(scale, dtype=torch.float64)
 
 
 def _pieces(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
@@ -118,7 +109,7 @@ def sam_ascent_(
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
     rho: float,
-    rounding: Optional[Rounding] = None,
+    rounding: Optional[StochasticRounding] = None,
 ) -> Ascent:
     """Weights at the SAM perturbation.
 
@@ -147,7 +138,7 @@ def asam_ascent_(
     grads: Sequence[Tensor],
     rho: float,
     eta: float,
-    rounding: Optional[Rounding] = None,
+    rounding: Optional[StochasticRounding] = None,
 ) -> Ascent:
     """Weights at the adaptive (elementwise, scale-invariant) SAM perturbation.
 

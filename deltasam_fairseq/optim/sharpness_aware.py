@@ -1,6 +1,5 @@
 """The optimizer wrapper: perturbs the model's weights and restores them before the base steps."""
 
-import functools
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 
@@ -13,6 +12,7 @@ from torch.nn import Parameter
 from deltasam_fairseq.algorithms import (
     ROUNDING,
     Ascent,
+    StochasticRounding,
     asam_ascent_,
     directions,
     fill_direction_,
@@ -20,12 +20,12 @@ from deltasam_fairseq.algorithms import (
     move_along_,
     probe_generator,
     resolvable_radius,
-    round_stochastically,
     sam_ascent_,
     update_generator,
 )
 from deltasam_fairseq.optim.adam import choose_step
 from deltasam_fairseq.optim.config import check_optimizer_config
+from deltasam_fairseq.optim.fused_rounding import fused_kernels
 from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
 
 # Where the optimizer state of a checkpoint holds float32 weights.
@@ -210,7 +210,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Move the weights to ``w + eps*`` along the gradients that they hold, reduced already.
 
         A parameter without gradient stays where it is. In half precision the step is taken
-        from float32 and rounded stochastically, see `round_stochastically`.
+        from float32 and rounded stochastically, see `StochasticRounding`.
 
         Args:
             params: all trainable weights.
@@ -224,11 +224,11 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         grads = [g.to_dense() if g.is_sparse else g for _, g in found]
         values = self.weights.values(climbing)
         rounding = None
-        if self.half_dtype is not None:
+        if self.half_dtype is not None and grads:
             generator = update_generator(seed, update, ROUNDING, params[0].device)
-            rounding = functools.partial(
-                round_stochastically, dtype=self.half_dtype, generator=generator
-            )
+            direction_in = grads[0].dtype if self.eta is None else torch.float32
+            kernels = fused_kernels(self.half_dtype, values[0], direction_in)
+            rounding = StochasticRounding(self.half_dtype, generator, kernels)
 
         @torch.no_grad()
         def write(out: List[Tensor]) -> Ascent:

@@ -1,0 +1,73 @@
+"""The compiled rounding computes what torch's operations compute, or it is not used."""
+
+import logging
+import shutil
+
+import pytest
+import torch
+
+from deltasam_fairseq.algorithms import OPERATIONS, StochasticRounding, move_along_
+from deltasam_fairseq.optim import fused_rounding
+from deltasam_fairseq.optim.fused_rounding import fused_kernels
+
+
+@pytest.fixture(autouse=True)
+def forgotten():
+    fused_rounding._compiled.cache_clear()
+    yield
+    fused_rounding._compiled.cache_clear()
+
+
+def test_a_cpu_takes_torchs_operations():
+    assert fused_kernels(torch.float16, torch.ones(1), torch.float16) is OPERATIONS
+
+
+@pytest.mark.skipif(not hasattr(torch, "compile"), reason="torch.compile came with torch 2.0")
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch compiles for a CPU with g++")
+@pytest.mark.parametrize(
+    "dtype, kept_in", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
+)
+def test_compiled_is_the_same(dtype, kept_in, caplog):
+    """By the compiler's back end for CPUs: the weights to the last bit but for one in a thousand,
+    the share that is realised, an ascent that is not finite."""
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(600, 500), (7,), (30, 40), ()]
+    weights = [torch.randn(s, generator=generator).mul(0.02).to(kept_in) for s in shapes]
+    grads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    grads[0][:200] = 0
+    with caplog.at_level(logging.INFO):
+        compiled = fused_kernels(dtype, weights[0], dtype, compiled=True)
+    assert compiled is not OPERATIONS and "is compiled" in caplog.text
+    results, shares = [], []
+    for kernels in (OPERATIONS, compiled):
+        out = [w.to(dtype, copy=True) for w in weights]
+        to = StochasticRounding(dtype, generator.manual_seed(5), kernels)
+        shares.append(move_along_(out, weights, grads, torch.tensor(1e-5), to).item())
+        results.append(torch.cat([v.flatten() for v in out]))
+    assert (results[0] != results[1]).double().mean() < 1e-3
+    assert shares[1] == pytest.approx(shares[0], rel=1e-3)
+    to = StochasticRounding(dtype, generator, compiled)
+    move_along_(out, weights, grads, torch.tensor(float("nan")), to)
+    assert all(v.isnan().all() for v in out)
+
+
+def refuse(*args, **kwargs):
+    raise RuntimeError("no compiler here\nand a long explanation")
+
+
+def something_else(kernel, **options):
+    """A compiler that forgets what is below the last place."""
+    if kernel is OPERATIONS.realised_along:
+        return kernel
+    return lambda w, d, scale, bits, dtype: kernel(w, d, scale, torch.zeros_like(bits), dtype)
+
+
+@pytest.mark.parametrize(
+    "compiler, message",
+    [(refuse, "not compiled (no compiler here):"), (something_else, "differs and is not used:")],
+)
+def test_says_why_it_is_not_used(monkeypatch, caplog, compiler, message):
+    monkeypatch.setattr(torch, "compile", compiler, raising=False)
+    kernels = fused_kernels(torch.bfloat16, torch.ones(1), torch.bfloat16, compiled=True)
+    assert kernels is OPERATIONS
+    assert message in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
