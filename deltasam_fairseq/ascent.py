@@ -10,7 +10,7 @@ This module sequences what an ascent consists of, as ``trainer`` does for the up
 """
 
 import contextlib
-from typing import Any, ContextManager, Dict, List, Tuple, Union
+from typing import Any, ContextManager, Dict, List, Optional, Tuple, Union
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -136,7 +136,7 @@ class Climber:
         With one micro-batch the clean forward of Eq. 3 and the forward of the ascent are the
         same: it runs once, with its graph. With several, the weights of the first depend on the
         last, so the clean losses come from forwards of their own. So they do where only the most
-        unguarded sentences climb, which are known after the probe.
+        unguarded sentences climb, which are known after the probe. A central difference needs none.
         """
         trainer, sam = self._trainer, self._sam
         trainer.model.set_num_updates(trainer.get_num_updates())
@@ -149,9 +149,11 @@ class Climber:
         if sam.ascent_fraction < 1:
             self._backward_of_most_unguarded(samples, replay, log)
             return log
-        done = 0
+        done, central = 0, sam.probes_centrally
         if len(samples) > 1:
-            clean = [found.losses for found in self._forwards(samples, replay)]
+            clean = None
+            if not central:
+                clean = [found.losses for found in self._forwards(samples, replay)]
             reweighting = self._reweight(samples, clean, replay, log)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
@@ -159,7 +161,8 @@ class Climber:
                 with autocast(self._trainer.cfg):
                     losses, sample_size, logging_output = self._forward(trainer.model, sample)
                 if len(samples) == 1:
-                    reweighting = self._reweight(samples, [losses], replay, log)
+                    clean = None if central else [losses]
+                    reweighting = self._reweight(samples, clean, replay, log)
                 if is_dummy:
                     weights = torch.zeros_like(losses)
                 else:
@@ -178,7 +181,8 @@ class Climber:
         The weights are those among all sentences, and so are the figures for the log.
         """
         clean = self._forwards(samples, replay)
-        reweighting = self._reweight(samples, [found.losses for found in clean], replay, log)
+        at_w = None if self._sam.probes_centrally else [found.losses for found in clean]
+        reweighting = self._reweight(samples, at_w, replay, log)
         of_sentences, done = reweighting.weights / log.weights_divisor, 0
         replay()
         for i, ((sample, is_dummy), found) in enumerate(zip(samples, clean)):
@@ -196,19 +200,28 @@ class Climber:
             log.add(found.logging_output, found.sample_size, is_dummy)
 
     def _reweight(
-        self, samples: List[Prepared], clean: List[Tensor], replay: Replay, log: UpdateLog
+        self,
+        samples: List[Prepared],
+        clean: Optional[List[Tensor]],
+        replay: Replay,
+        log: UpdateLog,
     ) -> Reweighting:
-        """Probe (Eq. 3), then the weights of this rank's sentences in the global batch."""
-        sam = self._sam
-        rises = [torch.zeros_like(losses, dtype=torch.float64) for losses in clean]
+        """Probe (Eq. 3), then the weights of this rank's sentences in the global batch.
+
+        Args:
+            clean: losses at w, of each micro-batch; None for a central difference.
+        """
+        sam, probed = self._sam, []
         for sign in sam.probe_signs:
             radius = sam.probe(self._weights.parameters(), *self._draw(), sign)
             try:
-                probed = [found.losses for found in self._forwards(samples, replay)]
+                probed.append([found.losses for found in self._forwards(samples, replay)])
             finally:
                 sam.weights.restore()
-            for rise, c, p in zip(rises, clean, probed):
-                rise += sign * guardedness(c, p) / len(sam.probe_signs)
+        if clean is None:
+            rises = [guardedness(behind, ahead) / 2 for ahead, behind in zip(*probed)]
+        else:
+            rises = [guardedness(at_w, ahead) for ahead, at_w in zip(probed[0], clean)]
         with torch.autograd.profiler.record_function("sam-reweight"):
             real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
             a = torch.cat(real) * (sam.rho / radius)

@@ -5,7 +5,7 @@
 For each rho, against float64 on the same sentences, weights and random direction:
 
 - probe: total variation between g (Eq. 4) and the float64 g, and the correlation of a_j (Eq. 3);
-  with the literal radius rho, and with the radius of the rule;
+  of the literal probe, with radius rho, and by the rule (mean, and the worst of all draws);
 - ascent: the rise of the loss, evaluated in float64, relative to that of the exact eps*; with
   the step rounded to nearest, and stochastically (mean and standard deviation of one rounding);
   and the share realised along eps*.
@@ -13,8 +13,9 @@ For each rho, against float64 on the same sentences, weights and random directio
 amp is what --amp does on a GPU, by the autocast of a CPU to float16: float32 weights, rounded to
 values that the cast in a product leaves alone.
 
-Writes OUT.md (the table), OUT.json and OUT.png (a_j at the probe over the radius). The model
-runs in eval mode, on the CPU; all of it is the plugin's own code but for the nearest rounding.
+Writes OUT.md (the table), OUT.json and OUT.png (total variation over the radius of the probe,
+forward and central differences). The model runs in eval mode, on the CPU; all of it is the
+plugin's own code but for the nearest rounding.
 """
 
 import argparse
@@ -22,7 +23,7 @@ import copy
 import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -50,6 +51,7 @@ class Measured(NamedTuple):
     radius: float
     tv_literal: float
     tv_rule: float
+    tv_worst: float
     correlation_literal: float
     correlation_rule: float
     rise_nearest: float
@@ -65,10 +67,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("data", help="data folder of the checkpoint's task")
     parser.add_argument("--path", required=True, help="fairseq checkpoint")
     parser.add_argument("--valid-subset", default="valid", help="split to take sentences from")
-    parser.add_argument("--batch-size", type=int, default=32, help="sentences of the batch")
+    parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
+    parser.add_argument("--batches", type=int, default=4, help="batches that are averaged")
     parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
-    parser.add_argument("--draws", type=int, default=3, help="probes that are averaged")
-    parser.add_argument("--roundings", type=int, default=20, help="rounded steps that are averaged")
+    parser.add_argument("--draws", type=int, default=3, help="probes of each batch")
+    parser.add_argument("--roundings", type=int, default=10, help="rounded steps of each batch")
     parser.add_argument("--out", type=Path, required=True, help="prefix of the files written")
     parser.add_argument("--no-plot", action="store_true", help="without OUT.png")
     return parser.parse_args()
@@ -108,9 +111,12 @@ class Model:
         ):
             return per_sentence_losses(self.criterion, self.model, self.sample).losses
 
-    def guardedness(self, rho: float, radius: Any, draw: int) -> Any:
+    def guardedness(
+        self, rho: float, radius: Optional[float], draw: int, signs: Tuple[float, ...] = ()
+    ) -> Tuple[Tensor, float]:
+        """``a_j`` and the radius, as the plugin probes but for radius or signs that are given."""
         sam = self.sam(rho, radius)
-        signs = sam.probe_signs if radius is None else (1.0,)
+        signs = signs or sam.probe_signs
         with torch.no_grad():
             clean = self.losses()
             total = torch.zeros_like(clean, dtype=torch.float64)
@@ -164,24 +170,42 @@ def loss_in_float64(exact: Model, values: List[Tensor]) -> float:
 
 
 def measure(
-    exact: Model, model: Model, name: str, rho: float, draws: int, roundings: int
+    pairs: Sequence[Tuple[Model, Model]], name: str, rho: float, draws: int, roundings: int
 ) -> Measured:
-    """All figures of one precision at one rho."""
-    sums: Dict[str, List[float]] = {}
+    """All figures of one precision at one rho, over batches.
+
+    Args:
+        pairs: the model in float64 and in the precision, each with the same batch.
+    """
+    found: Dict[str, List[float]] = {}
 
     def note(key: str, value: Any) -> None:
-        sums.setdefault(key, []).append(float(value))
+        found.setdefault(key, []).append(float(value))
 
+    scatters = []
+    for exact, model in pairs:
+        _measure_probe(exact, model, rho, draws, note)
+        roundings = roundings if torch.finfo(model.dtype).bits < 32 else 1
+        rises = _measure_ascent(exact, model, rho, roundings, note)
+        scatters.append(float(torch.tensor(rises).var(unbiased=False)))
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    scatter = (sum(scatters) / len(scatters)) ** 0.5
+    return Measured(name, rho, tv_worst=max(found["tv_rule"]), scatter=scatter, **means)
+
+
+def _measure_probe(exact: Model, model: Model, rho: float, draws: int, note: Any) -> None:
     for draw in range(draws):
         a64 = exact.exact_guardedness(rho, draw)
-        g64 = a64.abs() / a64.abs().sum()
-        for kind, given in (("literal", rho), ("rule", None)):
-            a, radius = model.guardedness(rho, given, draw)
-            g = a.abs() / a.abs().sum()
-            note(f"tv_{kind}", (g - g64).abs().sum() / 2)
+        for kind, given, signs in (("literal", rho, (1.0,)), ("rule", None, ())):
+            a, radius = model.guardedness(rho, given, draw, signs)
+            note(f"tv_{kind}", total_variation(a, a64))
             note(f"correlation_{kind}", torch.corrcoef(torch.stack((a, a64)))[0, 1])
         note("radius", radius)
 
+
+def _measure_ascent(
+    exact: Model, model: Model, rho: float, roundings: int, note: Any
+) -> List[float]:
     grads = exact.gradient()
     norm = torch.stack([g.norm() for g in grads]).norm()
     steps = [rho * g / norm for g in grads]
@@ -194,27 +218,28 @@ def measure(
         for p, g in zip(exact.params, own)
     ]
     note("rise_nearest", (loss_in_float64(exact, nearest) - clean) / whole)
-    for draw in range(roundings if torch.finfo(model.dtype).bits < 32 else 1):
+    rises = []
+    for draw in range(roundings):
         sam = model.sam(rho)
-        ascent = sam.ascend(model.params, SEED, draw)
-        note("realised", ascent.realised)
-        note(
-            "rise_stochastic",
-            (loss_in_float64(exact, [p.data for p in model.params]) - clean) / whole,
-        )
+        note("realised", sam.ascend(model.params, SEED, draw).realised)
+        rises.append((loss_in_float64(exact, [p.data for p in model.params]) - clean) / whole)
+        note("rise_stochastic", rises[-1])
         sam.restore()
-    scatter = float(torch.tensor(sums["rise_stochastic"]).std(unbiased=False))
-    means = {k: sum(v) / len(v) for k, v in sums.items()}
-    return Measured(name, rho, scatter=scatter, **means)
+    return rises
+
+
+def total_variation(a: Tensor, b: Tensor) -> float:
+    """Between the ``g`` (Eq. 4) of two ``a``."""
+    return float((a.abs() / a.abs().sum() - b.abs() / b.abs().sum()).abs().sum() / 2)
 
 
 def table(rows: List[Measured], command: str, size: int, sentences: int) -> str:
     head = (
-        "| dtype | rho | TV, radius rho | TV, rule | corr., radius rho | corr., rule | radius "
-        "| rise, nearest | rise, stochastic | scatter | realised |\n" + "|---" * 11 + "|\n"
+        "| dtype | rho | TV, literal | TV, rule | worst | corr., literal | corr., rule | radius "
+        "| rise, nearest | rise, stochastic | scatter | realised |\n" + "|---" * 12 + "|\n"
     )
     body = "".join(
-        f"| {r.dtype} | {r.rho:g} | {r.tv_literal:.3f} | {r.tv_rule:.3f} "
+        f"| {r.dtype} | {r.rho:g} | {r.tv_literal:.3f} | {r.tv_rule:.3f} | {r.tv_worst:.3f} "
         f"| {r.correlation_literal:.3f} | {r.correlation_rule:.4f} | {r.radius:.3g} "
         f"| {r.rise_nearest:.3f} | {r.rise_stochastic:.3f} | {r.scatter:.3f} | {r.realised:.3f} |\n"
         for r in rows
@@ -223,7 +248,7 @@ def table(rows: List[Measured], command: str, size: int, sentences: int) -> str:
 
 
 def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:
-    """Total variation of g over the radius of the probe, a line a precision."""
+    """Total variation of g over the radius of the probe, central and forward differences."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -231,17 +256,17 @@ def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:
 
     radii = [0.01 * 10 ** (i / 4) for i in range(18)]
     a64 = exact.exact_guardedness(rho, 0)
-    g64 = a64.abs() / a64.abs().sum()
     figure, axes = plt.subplots(figsize=(6.4, 4), constrained_layout=True)
-    for name, model in models.items():
-        tv = []
-        for radius in radii:
-            a, _ = model.guardedness(rho, radius, 0)
-            tv.append(float((a.abs() / a.abs().sum() - g64).abs().sum() / 2))
-        (line,) = axes.plot(radii, tv, marker="o", markersize=3, label=name)
-        _, rule = model.guardedness(rho, None, 0)
-        axes.axvline(rule, color=line.get_color(), linestyle=":", linewidth=1)
-    axes.set(xscale="log", yscale="log", xlabel="radius of the probe (dotted: the rule)")
+    for color, (name, model) in enumerate(models.items()):
+        for label, line, signs in (("", "-", (1.0, -1.0)), (", forward", ":", (1.0,))):
+            probes = [model.guardedness(rho, radius, 0, signs) for radius in radii]
+            tv = [total_variation(a, a64) for a, _ in probes]
+            axes.plot(
+                radii, tv, line, marker="o", markersize=3, color=f"C{color}", label=name + label
+            )
+        a, radius = model.guardedness(rho, None, 0)
+        axes.plot(radius, total_variation(a, a64), "*", markersize=14, color=f"C{color}")
+    axes.set(xscale="log", yscale="log", xlabel="radius of the probe (star: the rule)")
     axes.set_ylabel(f"TV of g from float64 at rho {rho:g}")
     axes.legend()
     axes.grid(alpha=0.3)
@@ -258,23 +283,29 @@ def main() -> None:
     criterion.eval()
     task.load_dataset(args.valid_subset)
     dataset = task.dataset(args.valid_subset)
-    sample = dataset.collater([dataset[i] for i in range(min(args.batch_size, len(dataset)))])
-    exact = Model(model, criterion, sample, torch.float64, torch.float64)
-    models = {name: Model(model, criterion, sample, *each) for name, each in PRECISIONS.items()}
+    pairs: Dict[str, List[Tuple[Model, Model]]] = {name: [] for name in PRECISIONS}
+    n = min(args.batch_size, len(dataset))
+    for first in range(0, n * min(args.batches, len(dataset) // n), n):
+        sample = dataset.collater([dataset[i] for i in range(first, first + n)])
+        exact = Model(model, criterion, sample, torch.float64, torch.float64)
+        for name, each in PRECISIONS.items():
+            pairs[name].append((exact, Model(model, criterion, sample, *each)))
     rows = []
-    for name, each in models.items():
+    for name, each_batch in pairs.items():
         for rho in args.sam_rho_list:
-            rows.append(measure(exact, each, name, rho, args.draws, args.roundings))
+            rows.append(measure(each_batch, name, rho, args.draws, args.roundings))
             print(f"{name} rho {rho:g}: {rows[-1]._asdict()}", file=sys.stderr, flush=True)
-    size = sum(p.numel() for p in exact.params)
-    shown = ["--path", Path(args.path).name, "--batch-size", str(args.batch_size)]
-    command = " ".join(["python scripts/half_precision.py DATA", *shown])
-    text = table(rows, command, size, len(sample["target"]))
+    size, batches = sum(p.numel() for p in exact.params), len(pairs["fp32"])
+    counts = {"batch-size": n, "batches": batches, "draws": args.draws, "roundings": args.roundings}
+    command = f"python scripts/half_precision.py DATA --path {Path(args.path).name} --out OUT"
+    command += "".join(f" --{name} {value}" for name, value in counts.items())
+    text = table(rows, command, size, n * batches)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.md").write_text(text)
     Path(f"{args.out}.json").write_text(json.dumps([r._asdict() for r in rows], indent=1))
     if not args.no_plot:
-        plot(exact, models, args.sam_rho_list[-1], Path(f"{args.out}.png"))
+        models = {name: each_batch[0][1] for name, each_batch in pairs.items()}
+        plot(pairs["fp32"][0][0], models, args.sam_rho_list[-1], Path(f"{args.out}.png"))
     print(text)
 
 

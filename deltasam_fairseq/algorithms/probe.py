@@ -126,13 +126,13 @@ def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator, threads: int
 def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
     """Radius of a probe in half precision.
 
-    ``R = sqrt(unit roundoff of dtype) ||w||_2 / 2``
+    ``R = 0.4 cbrt(unit roundoff of dtype) ||w||_2``
 
-    The textbook step of a forward difference, with the weight vector as the argument: the
-    rounding of weights and forward disturbs ``a_j`` by a share that falls as 1/R, the curvature
-    of the loss by one that grows as R, and the two are balanced where R is proportional to the
-    square root of the roundoff (Nocedal and Wright 2006, section 8.1). The half is measured, see
-    docs/half_precision.md; twice the radius is as good within a few hundredths.
+    The textbook step of a central difference, with the weight vector as the argument: the
+    rounding of weights and forward disturbs ``a_j`` by a share that falls as 1/R, the loss's
+    third derivative by one that grows as R^2, and the two are balanced where R is proportional
+    to the cube root of the roundoff (Nocedal and Wright 2006, section 8.1). The factor is
+    measured, see docs/half_precision.md.
     R is far from rho, but ``g`` and ``r`` (Eq. 4, 5) do not change when all ``a_j`` are
     multiplied by one number.
 
@@ -143,4 +143,4 @@ def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
     Returns:
         0-dim float64, on the device of the weights.
     """
-    return 0.5 * unit_roundoff(dtype) ** 0.5 * global_norm(weights)
+    return 0.4 * unit_roundoff(dtype) ** (1 / 3) * global_norm(weights)

@@ -123,13 +123,18 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return self.rho > 0 and since >= 0 and since % self.every == 0
 
     @property
-    def probe_signs(self) -> Tuple[float, ...]:
-        """Where to probe: ahead, and in bfloat16 also behind.
+    def probes_centrally(self) -> bool:
+        """Whether to probe behind w as well as ahead: in half precision.
 
-        In bfloat16 no radius makes both rounding and curvature small enough; the central
-        difference has no error from the curvature, for one more forward without graph.
+        There no radius makes both rounding and curvature small enough; the central difference
+        has no error from the curvature, for one more forward without graph.
         """
-        return (1.0, -1.0) if self.half_dtype == torch.bfloat16 else (1.0,)
+        return self.half_dtype is not None
+
+    @property
+    def probe_signs(self) -> Tuple[float, ...]:
+        """Where to probe, see `probe`."""
+        return (1.0, -1.0) if self.probes_centrally else (1.0,)
 
     def draw_ahead(self, params: Sequence[Parameter], seed: int, update: int) -> None:
         """Begin to draw the direction of the next `probe` of these arguments.
@@ -171,7 +176,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Args:
             params: all trainable weights, in the same order on every process.
             seed, update: what the draw depends on, see `probe_generator`.
-            sign: see `probe_signs`.
+            sign: of the direction, see `probe_signs`.
 
         Returns:
             R, 0-dim float64.
