@@ -98,19 +98,29 @@ def test_resumed_is_uninterrupted_bitwise(classification, tmp_path, optimizer, m
     """Masters, optimizer state and the loss scaler's counters, which let the scale grow at the
     same update: with a window of 2 it grows between the checkpoint and the end."""
     more = ["--fp16-scale-window", "2"] if "fp16" in mode else []
+    whole, resumed = assert_resumes(
+        lambda: build(classification, tmp_path, optimizer, mode, *more), tmp_path
+    )
+    if "fp16" in mode:
+        assert vars(whole.optimizer.scaler) == vars(resumed.optimizer.scaler)
+        assert whole.optimizer.scaler.loss_scale > 128
+    if mode == "amp":
+        assert whole.optimizer.scaler.is_enabled()
+        assert whole.optimizer.scaler.state_dict() == resumed.optimizer.scaler.state_dict()
 
-    def trainer_and_samples():
-        trainer = build(classification, tmp_path, optimizer, mode, *more)
-        return trainer, tiny.batches(trainer) * 2
 
-    whole, samples = trainer_and_samples()
+def assert_resumes(make, tmp_path):
+    """Weights, and what is stepped, after eight updates at once and after three and five."""
+    whole = make()
+    samples = tiny.batches(whole) * 2
     for i, sample in enumerate(samples):
         if i == 3:
             whole.consolidate_optimizer()
             state = {"train_iterator": {"epoch": 1, "iterations_in_epoch": 3, "shuffle": True}}
             whole.save_checkpoint(str(tmp_path / "middle.pt"), state)
         whole.train_step([sample])
-    resumed, samples = trainer_and_samples()
+    resumed = make()
+    samples = tiny.batches(resumed) * 2
     resumed.load_checkpoint(str(tmp_path / "middle.pt"))
     assert resumed.get_num_updates() == 3
     for sample in samples[3:]:
@@ -118,12 +128,7 @@ def test_resumed_is_uninterrupted_bitwise(classification, tmp_path, optimizer, m
     assert equal(tiny.weights(whole), tiny.weights(resumed))
     stepped = [t.optimizer.optimizer.param_groups[0]["params"] for t in (whole, resumed)]
     assert equal(*stepped)
-    if "fp16" in mode:
-        assert vars(whole.optimizer.scaler) == vars(resumed.optimizer.scaler)
-        assert whole.optimizer.scaler.loss_scale > 128
-    if mode == "amp":
-        assert whole.optimizer.scaler.is_enabled()
-        assert whole.optimizer.scaler.state_dict() == resumed.optimizer.scaler.state_dict()
+    return whole, resumed
 
 
 def test_weights_changed_in_a_checkpoint_are_not_undone_by_its_masters(classification, tmp_path):
@@ -299,16 +304,36 @@ def test_under_autocast_the_cast_leaves_the_ascent_alone(classification, tmp_pat
     assert equal(tiny.weights(trainer), before)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-@pytest.mark.parametrize("mode", [["--fp16"], ["--bf16"], ["--memory-efficient-fp16"], ["--amp"]])
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+in_all_gpu_modes = pytest.mark.parametrize("options", list(MODES.values()), ids=list(MODES))
+
+
+def build_on_a_gpu(data, tmp_path, optimizer, options):
+    argv = tiny.arguments(data, tmp_path, "--optimizer", optimizer, "--dropout", "0.1", *options)
+    return tiny.build_trainer([a for a in argv if a != "--cpu"])
+
+
+@on_a_gpu
+@in_all_gpu_modes
 @everywhere
-def test_trains_on_a_gpu(classification, tmp_path, optimizer, mode):
-    argv = tiny.arguments(classification, tmp_path, "--optimizer", optimizer, *mode)
-    trainer = tiny.build_trainer([a for a in argv if a != "--cpu"])
+def test_trains_on_a_gpu(classification, tmp_path, optimizer, options):
+    trainer = build_on_a_gpu(classification, tmp_path, optimizer, options)
     before = tiny.weights(trainer)
     logs = [trainer.train_step([sample]) for sample in tiny.batches(trainer)]
     assert all(torch.isfinite(torch.as_tensor(log["loss"])) for log in logs)
     assert not equal(tiny.weights(trainer), before)
+
+
+@on_a_gpu
+@in_all_gpu_modes
+@everywhere
+def test_resumed_on_a_gpu_is_uninterrupted_bitwise(classification, tmp_path, optimizer, options):
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        make = functools.partial(build_on_a_gpu, classification, tmp_path, optimizer, options)
+        assert_resumes(make, tmp_path)
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(scope="module")

@@ -28,26 +28,44 @@ def test_a_cpu_takes_torchs_operations():
     "dtype, kept_in", [(torch.float16, torch.float32), (torch.bfloat16, torch.bfloat16)]
 )
 def test_compiled_is_the_same(dtype, kept_in, caplog):
-    """By the compiler's back end for CPUs: the weights to the last bit but for one in a thousand,
-    the share that is realised, an ascent that is not finite."""
-    generator = torch.Generator().manual_seed(0)
+    """By the compiler's back end for CPUs."""
+    assert_the_same(dtype, kept_in, torch.device("cpu"), caplog)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("masters", [True, False])
+def test_compiled_on_a_gpu_is_the_same(dtype, masters, caplog):
+    kept_in = torch.float32 if masters else dtype
+    assert_the_same(dtype, kept_in, torch.device("cuda", 0), caplog)
+
+
+def assert_the_same(dtype, kept_in, device, caplog):
+    """The weights to the last bit but for one in a thousand, the share that is realised, an
+    ascent that is not finite."""
+    generator = torch.Generator(device).manual_seed(0)
+
+    def drawn(shape, scale, dtype):
+        return torch.randn(shape, generator=generator, device=device).mul(scale).to(dtype)
+
     shapes = [(600, 500), (7,), (30, 40), ()]
-    weights = [torch.randn(s, generator=generator).mul(0.02).to(kept_in) for s in shapes]
-    grads = [torch.randn(s, generator=generator).to(dtype) for s in shapes]
+    weights = [drawn(s, 0.02, kept_in) for s in shapes]
+    grads = [drawn(s, 1, dtype) for s in shapes]
     grads[0][:200] = 0
     with caplog.at_level(logging.INFO):
         compiled = fused_kernels(dtype, weights[0], dtype, compiled=True)
     assert compiled is not OPERATIONS and "is compiled" in caplog.text
     results, shares = [], []
+    scale = torch.tensor(1e-5, device=device)
     for kernels in (OPERATIONS, compiled):
         out = [w.to(dtype, copy=True) for w in weights]
         to = StochasticRounding(dtype, generator.manual_seed(5), kernels)
-        shares.append(move_along_(out, weights, grads, torch.tensor(1e-5), to).item())
+        shares.append(move_along_(out, weights, grads, scale, to).item())
         results.append(torch.cat([v.flatten() for v in out]))
     assert (results[0] != results[1]).double().mean() < 1e-3
     assert shares[1] == pytest.approx(shares[0], rel=1e-3)
     to = StochasticRounding(dtype, generator, compiled)
-    move_along_(out, weights, grads, torch.tensor(float("nan")), to)
+    move_along_(out, weights, grads, scale * float("nan"), to)
     assert all(v.isnan().all() for v in out)
 
 
