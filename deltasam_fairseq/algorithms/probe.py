@@ -126,7 +126,7 @@ def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator, threads: int
 def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
     """Radius of a probe in half precision.
 
-    ``R = 0.4 cbrt(unit roundoff of dtype) ||w||_2``
+    ``R = 0.35 cbrt(unit roundoff of dtype) ||w||_2``
 
     The textbook step of a central difference, with the weight vector as the argument: the
     rounding of weights and forward disturbs ``a_j`` by a share that falls as 1/R, the loss's
@@ -143,4 +143,4 @@ def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
     Returns:
         0-dim float64, on the device of the weights.
     """
-    return 0.4 * unit_roundoff(dtype) ** (1 / 3) * global_norm(weights)
+    return 0.35 * unit_roundoff(dtype) ** (1 / 3) * global_norm(weights)

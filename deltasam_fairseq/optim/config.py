@@ -95,7 +95,7 @@ class DeltaSAMConfig(SAMConfig):
         default=None,
         metadata={
             "help": "radius of delta-SAM's random probe, L2 norm in weight space, above 0. "
-            "Default: rho in float32; in half precision 0.4 times the cube root of the unit "
+            "Default: rho in float32; in half precision 0.35 times the cube root of the unit "
             "roundoff times the norm of the weights, because a probe of radius rho would be "
             "rounded away (the weights of the sentences do not depend on it)"
         },

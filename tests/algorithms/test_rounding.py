@@ -194,5 +194,5 @@ def test_autocast_decides_what_is_multiplied_in():
 def test_radius_by_hand():
     """||(3, 4)|| = 5; bfloat16 rounds to 2^-8, float16 to 2^-11."""
     w = [torch.tensor([3.0]), torch.tensor([4.0])]
-    assert resolvable_radius(w, torch.bfloat16) == pytest.approx(0.4 * 5 * 2 ** (-8 / 3))
-    assert resolvable_radius(w, torch.float16) == pytest.approx(0.4 * 5 * 2 ** (-11 / 3))
+    assert resolvable_radius(w, torch.bfloat16) == pytest.approx(0.35 * 5 * 2 ** (-8 / 3))
+    assert resolvable_radius(w, torch.float16) == pytest.approx(0.35 * 5 * 2 ** (-11 / 3))
