@@ -37,11 +37,11 @@ def summary(found: Seconds, setting: Setting, base: str) -> Dict[str, Dict[str, 
 
 
 def forwards_without_graph(setting: Setting) -> int:
-    """Return how many delta-SAM makes: of the probe, in bfloat16 on both sides.
+    """Return how many delta-SAM makes: of the probe, in half precision on both sides of w.
 
-    And of the clean losses where batches are accumulated.
+    Else, where batches are accumulated, of the clean losses.
     """
-    return 1 + ("bf16" in setting.precision) + (setting.update_freq > 1)
+    return 2 if setting.precision != "fp32" or setting.update_freq > 1 else 1
 
 
 def of_passes(rows: Dict[str, Dict[str, float]], key: str) -> Dict[str, float]:

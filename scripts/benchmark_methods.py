@@ -107,11 +107,7 @@ def arguments(setting: Setting, folder: Path) -> List[str]:
     argv += PRECISIONS[setting.precision].split()
     argv += ["--update-freq", str(setting.update_freq), "--save-dir", str(folder / "save")]
     argv += ["--user-dir", deltasam_fairseq.__path__[0], *setting.launch]
-    if setting.device == "cpu":
-        argv += ["--cpu"]
-        # fairseq asks CUDA where to put flat gradients.
-        argv += ["--fp16-no-flatten-grads"] if setting.precision == "fp16" else []
-    return argv
+    return [*argv, "--cpu"] if setting.device == "cpu" else argv
 
 
 def build_trainer(argv: Sequence[str], before: Optional[Callable[[Any], Any]] = None) -> Any:
