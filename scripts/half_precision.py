@@ -14,7 +14,7 @@ amp is what --amp does on a GPU, by the autocast of a CPU to float16: float32 we
 values that the cast in a product leaves alone.
 
 Writes OUT.md (the table), OUT.json and OUT.png (total variation over the radius of the probe,
-forward and central differences). The model runs in eval mode, on the CPU; all of it is the
+forward and central differences); with --factors OUT-factors.md alone. The model runs in eval mode, on the CPU; all of it is the
 plugin's own code but for the nearest rounding.
 """
 
@@ -31,7 +31,13 @@ from torch import Tensor
 from torch.nn import Parameter
 
 import deltasam_fairseq  # noqa: F401  registers and makes loading safe
-from deltasam_fairseq.algorithms import draw_direction_, guardedness, probe_generator
+from deltasam_fairseq.algorithms import (
+    draw_direction_,
+    global_norm,
+    guardedness,
+    probe_generator,
+    unit_roundoff,
+)
 from deltasam_fairseq.criterions import per_sentence_losses
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 
@@ -72,6 +78,13 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--draws", type=int, default=3, help="probes of each batch")
     parser.add_argument("--roundings", type=int, default=10, help="rounded steps of each batch")
+    parser.add_argument(
+        "--factors",
+        type=float,
+        nargs="+",
+        default=[],
+        help="in place of all that: total variation at these factors of cbrt(eps) ||w||",
+    )
     parser.add_argument("--out", type=Path, required=True, help="prefix of the files written")
     parser.add_argument("--no-plot", action="store_true", help="without OUT.png")
     return parser.parse_args()
@@ -247,6 +260,28 @@ def table(rows: List[Measured], command: str, size: int, sentences: int) -> str:
     return f"{size / 1e6:.1f}M weights, {sentences} sentences: `{command}`\n\n{head}{body}"
 
 
+def factor_table(
+    pairs: Dict[str, List[Tuple[Model, Model]]], rho: float, factors: Sequence[float], draws: int
+) -> str:
+    """Total variation of central differences at multiples of ``cbrt(eps) ||w||``: mean, worst."""
+    lines = ["| factor | " + " | ".join(f"{f:g}" for f in factors), "|---" * (1 + len(factors))]
+    for name, of_batches in pairs.items():
+        if torch.finfo(of_batches[0][1].dtype).bits == 32:
+            continue
+        line = f"| {name}"
+        for factor in factors:
+            found = []
+            for exact, model in of_batches:
+                unit = unit_roundoff(model.dtype) ** (1 / 3) * float(global_norm(model.params))
+                for draw in range(draws):
+                    a, _ = model.guardedness(rho, factor * unit, draw)
+                    found.append(total_variation(a, exact.exact_guardedness(rho, draw)))
+            line += f" | {sum(found) / len(found):.3f} ({max(found):.3f})"
+        lines.append(line)
+        print(line, file=sys.stderr, flush=True)
+    return "".join(f"{line} |\n" for line in lines)
+
+
 def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:
     """Total variation of g over the radius of the probe, central and forward differences."""
     import matplotlib
@@ -290,6 +325,12 @@ def main() -> None:
         exact = Model(model, criterion, sample, torch.float64, torch.float64)
         for name, each in PRECISIONS.items():
             pairs[name].append((exact, Model(model, criterion, sample, *each)))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    if args.factors:
+        text = factor_table(pairs, args.sam_rho_list[-1], args.factors, args.draws)
+        Path(f"{args.out}-factors.md").write_text(text)
+        print(text)
+        return
     rows = []
     for name, each_batch in pairs.items():
         for rho in args.sam_rho_list:
@@ -300,7 +341,6 @@ def main() -> None:
     command = f"python scripts/half_precision.py DATA --path {Path(args.path).name} --out OUT"
     command += "".join(f" --{name} {value}" for name, value in counts.items())
     text = table(rows, command, size, n * batches)
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     Path(f"{args.out}.md").write_text(text)
     Path(f"{args.out}.json").write_text(json.dumps([r._asdict() for r in rows], indent=1))
     if not args.no_plot:
