@@ -14,8 +14,8 @@ amp is what --amp does on a GPU, by the autocast of a CPU to float16: float32 we
 values that the cast in a product leaves alone.
 
 Writes OUT.md (the table), OUT.json and OUT.png (total variation over the radius of the probe,
-forward and central differences); with --factors OUT-factors.md alone. The model runs in eval mode, on the CPU; all of it is the
-plugin's own code but for the nearest rounding.
+forward and central differences); with --factors OUT-factors.md alone. The model runs in eval mode,
+on the CPU; all of it is the plugin's own code but for the nearest rounding.
 """
 
 import argparse
