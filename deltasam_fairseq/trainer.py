@@ -16,6 +16,7 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 from fairseq.logging import metrics
+from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
@@ -71,7 +72,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
             self._climber = Climber(self, sam, weights)
             logger.info(sam.describe())
-            if self.cfg.common.amp:
+            if isinstance(self._optimizer, AMPOptimizer):
                 logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
             if weights.partial:
                 logger.info(weights.describe())

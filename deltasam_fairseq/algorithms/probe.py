@@ -137,7 +137,7 @@ def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
     multiplied by one number.
 
     Args:
-        weights: all trainable weights.
+        weights: those that the probe moves.
         dtype: what the forward computes in.
 
     Returns:

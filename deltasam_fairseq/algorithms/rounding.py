@@ -11,13 +11,11 @@ from typing import Callable, Iterable, Iterator, List, NamedTuple, Tuple
 import torch
 from torch import Tensor
 
-# Bits of a float32 that the format has no room for.
-_DROPPED_BITS = {torch.float16: 13, torch.bfloat16: 16}
 _RANDOM_BITS = 15
 
 # Weights that are rounded at a time. On a CPU what is computed in between stays in the cache; a
 # GPU wants few and large operations.
-_AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 24}
+_AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 22}
 
 
 def random_bits(n: int, generator: torch.Generator) -> Tensor:
@@ -35,19 +33,20 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     changes no other number, for it is less than half a unit of any.
 
     Args:
-        x: float32, flat; it is not changed. Numbers beyond the range of ``dtype`` become infinite.
+        x: float32, flat, without NaN, whose bits could become a number's; it is not changed.
+            Numbers beyond the range of ``dtype`` become infinite.
         dtype: torch.float16 or torch.bfloat16.
         bits: `random_bits`, as many.
 
     Returns:
         ``dtype``, same shape.
     """
-    dropped = _DROPPED_BITS[dtype]
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of a float32 that there is no room for
     if dropped > _RANDOM_BITS:
         noisy = torch.add(x.view(torch.int32), bits, alpha=1 << (dropped - _RANDOM_BITS))
     else:
         noisy = x.view(torch.int32) + (bits >> (_RANDOM_BITS - dropped))
-    rounded = noisy.bitwise_and_(-(1 << dropped)).view(torch.float32)
+    rounded = (noisy & -(1 << dropped)).view(torch.float32)
     if dtype == torch.float16:
         # 12 bits: the sum is exact below 2^-13, and above it the noise is less than half a unit.
         unit, parts = 2.0**-24, 1 << 12
@@ -69,12 +68,12 @@ def round_moved(
         dtype: of the result.
 
     Returns:
-        the moved weights, same shape; NaN if ``scale`` is.
+        the moved weights, same shape; NaN where one of the three is.
     """
     step = direction * scale
     moved = weights + step
-    # Neither for a step of 0 nor for NaN, whose bits on a GPU are all ones and would overflow.
-    moves = step.abs() > 0
+    # Not for a step of 0, nor for NaN: its bits are all ones on a GPU, and would overflow.
+    moves = (step.abs() > 0) & (moved == moved)
     return torch.where(moves, round_stochastically(moved, dtype, bits), moved.to(dtype))
 
 
@@ -195,10 +194,11 @@ def multiplied_in(x: Tensor) -> torch.dtype:
     """Precision that a matrix product multiplies ``x`` in, under the autocast in force.
 
     Asks a product of two numbers, which on any device and in any version of torch is right.
+    Autocast casts whatever is not float64.
     """
     one = torch.ones(1, 1, dtype=torch.float32, device=x.device)
     product = torch.mm(one, one).dtype
-    return product if x.dtype == torch.float32 else x.dtype
+    return x.dtype if torch.float32 == product or x.dtype == torch.float64 else product
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:

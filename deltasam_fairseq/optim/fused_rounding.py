@@ -8,7 +8,7 @@ once.
 import functools
 import logging
 import os
-from typing import Any, Dict, Optional
+from typing import Any, Callable, Optional
 
 import torch
 from torch import Tensor
@@ -17,6 +17,7 @@ from deltasam_fairseq.algorithms import OPERATIONS, Kernels, random_bits
 
 logger = logging.getLogger(__name__)
 
+_WORTH_IT = 1024  # weights of a piece
 _REMEDY = "the result is the same, the rounding slower; TORCH_COMPILE_DISABLE=1 skips the attempt"
 
 
@@ -50,20 +51,44 @@ def _compiled(
     dtype: torch.dtype, kept_in: torch.dtype, direction_in: torch.dtype, device: torch.device
 ) -> Kernels:
     try:
-        # In this process: the compiler's workers would be forked off beside a GPU.
-        options: Dict[str, Any] = {"compile_threads": 1}
-        compiled = [torch.compile(k, dynamic=True, options=options) for k in OPERATIONS]
-        kernels = Kernels(*compiled)  # type: ignore[arg-type]
-        same = _compute_the_same(kernels, dtype, kept_in, direction_in, device)
+        from torch._inductor import config
+
+        config.compile_threads = 1  # in this process: workers would be forked off beside a GPU
+        compiled: Any = [torch.compile(kernel, dynamic=True) for kernel in OPERATIONS]
+        same = _compute_the_same(Kernels(*compiled), dtype, kept_in, direction_in, device)
     except Exception as e:  # no compiler, no torch.compile: whatever is amiss on this machine
-        why = (str(e).strip() or type(e).__name__).splitlines()[0]
-        logger.warning(f"stochastic rounding is not compiled ({why}): {_REMEDY}")
+        logger.warning(f"stochastic rounding is not compiled ({_reason(e)}): {_REMEDY}")
         return OPERATIONS
     if not same:
         logger.warning(f"stochastic rounding, compiled, differs and is not used: {_REMEDY}")
         return OPERATIONS
     logger.info(f"stochastic rounding to {dtype} is compiled")
-    return kernels
+    return Kernels(*map(_until_it_fails, compiled, OPERATIONS))
+
+
+def _until_it_fails(compiled: Callable[..., Any], operations: Callable[..., Any]) -> Any:
+    """The compiled kernel, until it cannot be compiled for something that the check did not see."""
+    kernels = [compiled, operations]
+
+    def kernel(*args: Any) -> Any:
+        # For one number, and for none, torch would compile anew.
+        if len(kernels) > 1 and args[0].numel() >= _WORTH_IT:
+            try:
+                return compiled(*args)
+            except Exception as e:
+                if "out of memory" in str(e):
+                    raise
+                logger.warning(f"stochastic rounding is compiled no longer ({_reason(e)})")
+                kernels.remove(compiled)
+        return operations(*args)
+
+    return kernel
+
+
+def _reason(error: Exception) -> str:
+    """The first line of what the compiler met, out of its own wrapping."""
+    error = getattr(error, "inner_exception", error)
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 @torch.no_grad()

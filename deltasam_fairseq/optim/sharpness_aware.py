@@ -184,7 +184,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         values = self.weights.values(params)
         generator = probe_generator(seed, update, values[0].device)
         if self.probe_radius is None and self.half_dtype is not None:
-            radius = resolvable_radius(values, self.half_dtype)
+            radius = resolvable_radius(values, self.half_dtype).clamp(min=self.rho)
         else:
             radius = torch.full(
                 (),

@@ -66,7 +66,6 @@ def test_numbers_that_the_format_holds_stay(dtype):
     x = torch.cat([x, -x]).float()
     for seed in range(20):
         assert torch.equal(rounded(x, dtype, seed).float(), x)
-    assert rounded(torch.tensor([float("nan")]), dtype).isnan().all()
 
 
 def test_bits_are_uniform_and_unrelated():
@@ -152,6 +151,18 @@ def test_nothing_to_climb_and_nothing_finite(dtype, scale):
     assert share == 1
 
 
+@halves
+def test_not_a_number_stays_so(dtype):
+    """Whatever its bits: all ones are what a GPU computes, and adding to them would overflow."""
+    bits = [0x7FFFFFFF, 0x7F800001, 0x7FC00000, -1, -(1 << 22)]
+    w = torch.tensor(bits * 300, dtype=torch.int32).view(torch.float32)
+    assert w.isnan().all()
+    random = random_bits(len(w), generator())
+    scale = torch.full((1,), 1e-3)
+    assert OPERATIONS.round_moved(w, torch.ones_like(w), scale, random, dtype).isnan().all()
+    assert OPERATIONS.round_moved(torch.ones_like(w), w, scale, random, dtype).isnan().all()
+
+
 def test_same_generator_same_result():
     weights, grads = ascent(torch.bfloat16, masters=True)
     results = []
@@ -188,7 +199,10 @@ def test_autocast_decides_what_is_multiplied_in():
     x = torch.zeros(1)
     assert multiplied_in(x) == torch.float32 and multiplied_in(x.double()) == torch.float64
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert multiplied_in(x) == torch.bfloat16 and multiplied_in(x.half()) == torch.float16
+        for other in (torch.float32, torch.float64, torch.float16):
+            y = x.to(other)
+            product = torch.mm(y.view(1, 1), y.view(1, 1)).dtype
+            assert multiplied_in(y) == product
 
 
 def test_radius_by_hand():

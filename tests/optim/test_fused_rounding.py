@@ -69,8 +69,16 @@ def assert_the_same(dtype, kept_in, device, caplog):
     assert all(v.isnan().all() for v in out)
 
 
+class Wrapped(RuntimeError):
+    """As the compiler reports what its back end met."""
+
+    def __init__(self):
+        super().__init__("backend='inductor' raised:")
+        self.inner_exception = RuntimeError("no compiler here\nand a long explanation")
+
+
 def refuse(*args, **kwargs):
-    raise RuntimeError("no compiler here\nand a long explanation")
+    raise Wrapped
 
 
 def something_else(kernel, **options):
@@ -89,3 +97,32 @@ def test_says_why_it_is_not_used(monkeypatch, caplog, compiler, message):
     kernels = fused_kernels(torch.bfloat16, torch.ones(1), torch.bfloat16, compiled=True)
     assert kernels is OPERATIONS
     assert message in caplog.text and "TORCH_COMPILE_DISABLE=1" in caplog.text
+
+
+def test_goes_on_where_the_compiler_fails_later(monkeypatch, caplog):
+    """At the 4th call, after the check: the operations take over, and say so once. Except for
+    want of memory, which fairseq knows what to do with."""
+    calls, errors = [], [RuntimeError("CUDA out of memory"), RuntimeError("no registers left")]
+
+    def fails_later(kernel, **options):
+        if kernel is OPERATIONS.realised_along:
+            return kernel
+
+        def compiled(*args):
+            calls.append(1)
+            if len(calls) > 2:
+                raise errors[min(len(calls), 4) - 3]
+            return kernel(*args)
+
+        return compiled
+
+    monkeypatch.setattr(torch, "compile", fails_later, raising=False)
+    kernels = fused_kernels(torch.bfloat16, torch.ones(1), torch.bfloat16, compiled=True)
+    assert len(calls) == 2 and kernels is not OPERATIONS
+    w, bits = torch.ones(2000), torch.zeros(2000, dtype=torch.int16)
+    args = (w, w, torch.ones(1), bits, torch.bfloat16)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        kernels.round_moved(*args)
+    for _ in range(3):
+        assert torch.equal(kernels.round_moved(*args), OPERATIONS.round_moved(*args))
+    assert len(calls) == 4 and caplog.text.count("compiled no longer (no registers left)") == 1
