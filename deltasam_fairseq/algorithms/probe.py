@@ -90,17 +90,21 @@ def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int)
 def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the same ``u`` in float32, a tensor at a time.
 
+    On a CPU as many are drawn ahead as give every thread something to draw.
+
     Args:
         like: tensors of the shapes, on the device.
         generator: see `probe_generator`.
     """
-    for v in like:
+    threads, ahead = torch.get_num_threads(), []
+    for i, v in enumerate(like, start=1):
         u = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
-        if u.device.type == "cpu":
-            _draw_pieces_(_pieces(u), generator, torch.get_num_threads())
-        else:
-            u.normal_(generator=generator)
-        yield u
+        ahead.append(u)
+        enough = u.device.type != "cpu" or sum(map(torch.numel, ahead)) >= threads * PIECE
+        if enough or i == len(like):
+            fill_direction_(ahead, generator, threads)
+            yield from ahead
+            ahead = []
 
 
 def _pieces(u: Tensor) -> List[Tensor]:
