@@ -49,7 +49,6 @@ from benchmark_methods import (
     NotHere,
     Setting,
     Update,
-    autocast,
     build,
     samples_of,
 )
@@ -59,6 +58,8 @@ from benchmark_processes import launch_options, reductions, start
 from benchmark_report import title, write_report
 from fairseq.distributed import utils as distributed_utils
 from fairseq.logging import metrics
+
+from deltasam_fairseq.ascent import autocast
 
 WARM_UP = 2
 
@@ -73,7 +74,7 @@ def passes(trainer: Any) -> Dict[str, Update]:
 
     def loss(sample: Any) -> Any:
         trainer.model.train()
-        with autocast(trainer):
+        with autocast(trainer.cfg):
             return trainer.criterion(trainer.model, trainer._prepare_sample(sample)[0])[0]
 
     def forward(samples: List[Any]) -> None:

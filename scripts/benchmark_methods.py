@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -15,6 +14,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 
 import deltasam_fairseq
 from deltasam_fairseq import SharpnessAwareTrainer
+from deltasam_fairseq.ascent import autocast
 
 Sample = Dict[str, Any]
 Update = Callable[[List[Sample]], None]
@@ -76,11 +76,6 @@ class Built(NamedTuple):
     update: Update
     trainer: Any
     period: int = 1
-
-
-def autocast(trainer: Any) -> Any:
-    """Return the context that fairseq computes a loss in."""
-    return torch.autocast("cuda") if trainer.cfg.common.amp else contextlib.nullcontext()
 
 
 class NotHere(Exception):
@@ -154,7 +149,7 @@ def forwards_first(trainer: Any) -> Update:
     def update(samples: List[Sample]) -> None:
         sample, _ = trainer._prepare_sample(samples[0])
         with torch.autograd.profiler.record_function("sam-forward-nograd"):
-            with torch.no_grad(), autocast(trainer):
+            with torch.no_grad(), autocast(trainer.cfg):
                 trainer.get_criterion()(trainer.get_model(), sample)
         trainer.train_step(samples)
 

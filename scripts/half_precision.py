@@ -111,6 +111,7 @@ class Model:
         originals = [p for p in model.parameters() if p.requires_grad]
         masters = {p: o.data.float() for p, o in zip(self.params, originals)}
         self.masters = masters if torch.finfo(kept_in).bits < 32 else None
+        self._exact: Dict[Tuple[float, int], Tensor] = {}
 
     def sam(self, rho: float, radius: Any = None) -> SharpnessAwareOptimizer:
         options = DeltaSAMConfig(sam_rho=rho, delta_sam_probe_radius=radius)
@@ -141,6 +142,11 @@ class Model:
 
     def exact_guardedness(self, rho: float, draw: int) -> Tensor:
         """Eq. 3 in the precision of this model, with the direction that float32 draws."""
+        if (rho, draw) not in self._exact:
+            self._exact[rho, draw] = self._exact_guardedness(rho, draw)
+        return self._exact[rho, draw]
+
+    def _exact_guardedness(self, rho: float, draw: int) -> Tensor:
         u = [torch.empty_like(p, dtype=torch.float32) for p in self.params]
         norm = draw_direction_(u, probe_generator(SEED, draw, u[0].device))
         before = [p.data for p in self.params]

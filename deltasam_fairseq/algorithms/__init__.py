@@ -42,7 +42,6 @@ from deltasam_fairseq.algorithms.rounding import (
     StochasticRounding,
     multiplied_in,
     random_bits,
-    round_stochastically,
     unit_roundoff,
 )
 from deltasam_fairseq.algorithms.sam import (
@@ -83,7 +82,6 @@ __all__ = [
     "random_bits",
     "resolvable_radius",
     "reweight",
-    "round_stochastically",
     "running_mean_",
     "sam_ascent_",
     "sentence_norm",

@@ -68,18 +68,19 @@ def _compiled(
 
 def _until_it_fails(compiled: Callable[..., Any], operations: Callable[..., Any]) -> Any:
     """The compiled kernel, until it cannot be compiled for something that the check did not see."""
-    kernels = [compiled, operations]
+    failed = False
 
     def kernel(*args: Any) -> Any:
+        nonlocal failed
         # For one number, and for none, torch would compile anew.
-        if len(kernels) > 1 and args[0].numel() >= _WORTH_IT:
+        if not failed and args[0].numel() >= _WORTH_IT:
             try:
                 return compiled(*args)
             except Exception as e:
                 if "out of memory" in str(e):
                     raise
                 logger.warning(f"stochastic rounding is compiled no longer ({_reason(e)})")
-                kernels.remove(compiled)
+                failed = True
         return operations(*args)
 
     return kernel
