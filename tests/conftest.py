@@ -1,17 +1,14 @@
 """Fixtures for all tests: tiny data sets, made once a session."""
 
 import os
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
-sys.path.insert(0, str(Path(__file__).parent))
 
-import tiny  # noqa: E402
+from tests.helpers import tiny  # noqa: E402  after the threads are set
 
 
 def _half_precision_here() -> bool:

@@ -6,13 +6,13 @@ A new one is under test by being registered.
 import copy
 
 import pytest
-import tiny
 import torch
 from fairseq.criterions import CRITERION_REGISTRY
 from fairseq.optim import OPTIMIZER_REGISTRY
 
 from deltasam_fairseq.criterions import has_per_sentence_losses, per_sentence_losses
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, sharpness_aware
+from tests.helpers import tiny
 
 OPTIMIZERS = sorted(
     name for name, cls in OPTIMIZER_REGISTRY.items() if issubclass(cls, SharpnessAwareOptimizer)

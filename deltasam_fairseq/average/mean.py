@@ -7,9 +7,9 @@ from fairseq.file_io import PathManager
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import running_mean_
-from deltasam_fairseq.averaging_trainer import STATE
 from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
 from deltasam_fairseq.checkpoints.reading import read_safely
+from deltasam_fairseq.trainer.averaging import STATE
 
 
 class UsageError(Exception):

@@ -15,7 +15,7 @@ measured, and why no class on the list is a way in.
 
 from deltasam_fairseq.checkpoints.allow_list import allow, allowed_globals
 from deltasam_fairseq.checkpoints.errors import CheckpointDamagedError, CheckpointRefusedError
-from deltasam_fairseq.checkpoints.into_fairseq import install
+from deltasam_fairseq.checkpoints.install import install
 from deltasam_fairseq.checkpoints.literal import literal_eval
 from deltasam_fairseq.checkpoints.restore_file import require_restore_file
 from deltasam_fairseq.checkpoints.unpickler import RestrictedUnpickler, restricted_pickle

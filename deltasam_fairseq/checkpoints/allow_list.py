@@ -5,7 +5,7 @@ from typing import Any, Dict, List
 
 import torch
 
-from deltasam_fairseq.checkpoints.numpy_numbers import ScalarType, scalar
+from deltasam_fairseq.checkpoints.numpy_scalars import ScalarType, scalar
 
 # The name in the file -> the object, or the name to resolve here. Classes only, and none
 # of them does more with what a file gives it than to store it.

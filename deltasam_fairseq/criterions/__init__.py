@@ -1,9 +1,10 @@
 """Per-sentence losses of fairseq's criterions, and criterions with a regulariser.
 
 Importing the package registers the criterions plain, r3f, r_drop, freelb, smart, vat and distill,
-seq2seq_r3f, seq2seq_r_drop and seq2seq_distill, and span_prediction.
+seq2seq_r3f, seq2seq_r_drop and seq2seq_distill.
 """
 
+from deltasam_fairseq.criterions.base import RegularisedCriterion
 from deltasam_fairseq.criterions.distill import DistillCriterion, Seq2SeqDistillCriterion
 from deltasam_fairseq.criterions.freelb import FreeLBCriterion
 from deltasam_fairseq.criterions.per_sentence import (
@@ -15,9 +16,7 @@ from deltasam_fairseq.criterions.per_sentence import (
 from deltasam_fairseq.criterions.plain import PlainCriterion
 from deltasam_fairseq.criterions.r3f import R3FCriterion, Seq2SeqR3FCriterion
 from deltasam_fairseq.criterions.r_drop import RDropCriterion, Seq2SeqRDropCriterion
-from deltasam_fairseq.criterions.regularised import RegularisedCriterion
 from deltasam_fairseq.criterions.smart import SMARTCriterion
-from deltasam_fairseq.criterions.span_prediction import SpanPredictionCriterion
 from deltasam_fairseq.criterions.vat import VATCriterion
 
 __all__ = [
@@ -32,7 +31,6 @@ __all__ = [
     "Seq2SeqDistillCriterion",
     "Seq2SeqR3FCriterion",
     "Seq2SeqRDropCriterion",
-    "SpanPredictionCriterion",
     "VATCriterion",
     "has_per_sentence_losses",
     "per_sentence_losses",

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from deltasam_fairseq.algorithms import normalised
 from deltasam_fairseq.criterions.embeddings import WordEmbeddings, unwrapped
-from deltasam_fairseq.criterions.objectives import Objective
+from deltasam_fairseq.criterions.task_losses import Objective
 
 try:
     from torch.func import functional_call
@@ -157,3 +157,28 @@ class Batch:
             shape (B, T, C), each sentence's block of norm 1, or 0 where the gradient is.
         """
         return normalised(self.gradient(losses, delta)[0], norm)
+
+
+class SameMasks:
+    """Puts torch's random generators back to where they are now.
+
+    Calling the object before each of several forwards gives them the same dropout masks.
+
+    Args:
+        device: of the model.
+        wanted: False makes the object do nothing: every forward draws masks of its own.
+    """
+
+    def __init__(self, device: torch.device, wanted: bool = True) -> None:
+        self._device = device
+        self._wanted = wanted
+        if wanted:
+            self._host = torch.get_rng_state()
+            if device.type == "cuda":
+                self._cuda = torch.cuda.get_rng_state(device)
+
+    def __call__(self) -> None:
+        if self._wanted:
+            torch.set_rng_state(self._host)
+            if self._device.type == "cuda":
+                torch.cuda.set_rng_state(self._cuda, self._device)

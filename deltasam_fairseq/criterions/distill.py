@@ -16,17 +16,17 @@ from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.objectives import Objective, Regression
-from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import (
+from deltasam_fairseq.criterions.base import (
     RegularisedLosses,
     Regulariser,
     Weights,
     plain_losses,
 )
+from deltasam_fairseq.criterions.batch import Batch
+from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
+from deltasam_fairseq.criterions.task_losses import ClassObjective, Objective
 from deltasam_fairseq.criterions.teacher import Teacher, load_teacher
 
 _PREDICTIONS = "distill_predictions"  # number of them, sentences or tokens
@@ -124,7 +124,7 @@ class Distill(Regulariser):
 
 def _hits(objective: Objective, taught: Tensor, scores: Tensor) -> Dict[str, Tensor]:
     """How many predictions there are, how many the teacher has right, how many are the same."""
-    if isinstance(objective, Regression):
+    if not isinstance(objective, ClassObjective):
         return {}
     predicted = taught.argmax(dim=-1)
     return {

@@ -19,16 +19,15 @@ from fairseq.dataclass import ChoiceEnum
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import freelb_start, normalised, project, sentence_norm
-from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.masks import SameMasks
-from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import (
+from deltasam_fairseq.criterions.base import (
     RegularisedLosses,
     Regulariser,
     Spent,
     plain_losses,
     trainable,
 )
+from deltasam_fairseq.criterions.batch import Batch, SameMasks
+from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 
 NORMS = ChoiceEnum(["l2", "linf"])

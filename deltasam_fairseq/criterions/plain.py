@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from fairseq.criterions import register_criterion
 
+from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 
 

@@ -15,10 +15,9 @@ from typing import Any
 from fairseq.criterions import register_criterion
 from fairseq.dataclass import ChoiceEnum
 
-from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.masks import SameMasks
+from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
+from deltasam_fairseq.criterions.batch import Batch, SameMasks
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
 

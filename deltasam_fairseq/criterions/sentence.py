@@ -9,10 +9,10 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import nn
 
+from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLosses
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.objectives import Classification, Regression
-from deltasam_fairseq.criterions.predictions import REPORTS, class_ranks, log_reports
-from deltasam_fairseq.criterions.regularised import RegularisedCriterion, RegularisedLosses
+from deltasam_fairseq.criterions.glue_metrics import REPORTS, class_ranks, log_reports
+from deltasam_fairseq.criterions.task_losses import Classification, Regression
 
 # What fairseq adds to a dictionary of labels.
 _NO_LABELS = ("<mask>", "madeupword")

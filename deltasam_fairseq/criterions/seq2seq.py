@@ -10,9 +10,9 @@ from fairseq.criterions.label_smoothed_cross_entropy import (
 from fairseq.logging import metrics
 from torch import nn
 
+from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLosses
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.objectives import LabelSmoothedTokens
-from deltasam_fairseq.criterions.regularised import RegularisedCriterion, RegularisedLosses
+from deltasam_fairseq.criterions.task_losses import LabelSmoothedTokens
 
 
 @dataclass

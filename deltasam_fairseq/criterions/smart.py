@@ -21,10 +21,9 @@ from omegaconf import II
 from torch import Tensor, nn
 
 from deltasam_fairseq.algorithms import project
-from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.masks import SameMasks
+from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, Weights
+from deltasam_fairseq.criterions.batch import Batch, SameMasks
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, Weights
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 
 

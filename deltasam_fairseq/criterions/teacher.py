@@ -117,7 +117,7 @@ def _read(path: str) -> Tuple[Mapping[str, Tensor], Any]:
     except KeyError as error:  # of fairseq's, which brings old files up to date
         raise ValueError(
             f"--distill-teacher {path}: it has no {error}; give a checkpoint that fairseq-train "
-            "has written, or scripts/convert_checkpoint.py and then fairseq-train"
+            "has written, or python -m deltasam_fairseq.convert and then fairseq-train"
         ) from error
 
 

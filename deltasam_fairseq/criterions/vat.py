@@ -16,10 +16,9 @@ from fairseq.criterions import register_criterion
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import multiplied_in, normalised, sentence_norm, unit_roundoff
-from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.masks import SameMasks
+from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
+from deltasam_fairseq.criterions.batch import Batch, SameMasks
 from deltasam_fairseq.criterions.options import option
-from deltasam_fairseq.criterions.regularised import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 
 

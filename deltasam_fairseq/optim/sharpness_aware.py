@@ -24,8 +24,8 @@ from deltasam_fairseq.algorithms import (
     update_generator,
 )
 from deltasam_fairseq.optim.adam import choose_step
+from deltasam_fairseq.optim.compiled_rounding import fused_kernels
 from deltasam_fairseq.optim.config import check_optimizer_config
-from deltasam_fairseq.optim.fused_rounding import fused_kernels
 from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
 
 # Where the optimizer state of a checkpoint holds float32 weights.

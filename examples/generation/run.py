@@ -1,7 +1,7 @@
 """Train a small transformer to write telegrams out in full, with every method, and compare BLEU.
 
-    python examples/generation/run.py
-    python examples/generation/run.py --methods adam delta_sam_adam --seeds 1 2 3 -- --dropout 0.2
+    python -m examples.generation.run
+    python -m examples.generation.run --methods adam delta_sam_adam --seeds 1 2 3 -- --dropout 0.2
 
 Everything is made here, from text that is on every machine; nothing is downloaded.  What follows
 ``--`` goes to every fairseq-train as it is.
@@ -17,11 +17,9 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
+from examples.common.runner import LOG, Stage, exit_code, module, read_stamp, run_all, split_words
 
-from stages import LOG, Stage, exit_code, read_stamp, run_all, split_words  # noqa: E402
+ROOT = Path(__file__).resolve().parents[2]
 
 PYTHON = sys.executable
 USER_DIR = ROOT / "deltasam_fairseq"
@@ -85,21 +83,16 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def script(name: str, *arguments: object) -> List[str]:
-    """Return the command of one of the scripts."""
-    return [PYTHON, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-
-
 def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
     """Return the stages that collect the text, unless it is given, and make the task of it."""
     stages, inputs, text = [], [], args.text
     if text is None:
-        command = script("prepare_text", "--out", "{out}/text.txt")
+        command = module("examples.common.toy_text", "--out", "{out}/text.txt")
         stages.append(Stage("collect English sentences", command, work / "text", seconds=20))
         inputs, text = [work / "text"], work / "text" / "text.txt"
     given = ["--valid", args.held_out, "--test", args.held_out, "--vocab-size", args.vocabulary]
     given += [] if args.train_sentences is None else ["--train", args.train_sentences]
-    command = script("prepare_telegram", "--text", text, *given, "--out", "{out}")
+    command = module("examples.generation.telegrams", "--text", text, *given, "--out", "{out}")
     return [*stages, Stage("make the task", command, work / "data", inputs, seconds=5)]
 
 

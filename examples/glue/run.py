@@ -1,6 +1,6 @@
 """Fine-tune on GLUE: tasks x methods x seeds, and the report that compares them.
 
-    python examples/glue/run.py --glue-dir GLUE --checkpoint roberta.large/model.pt \\
+    python -m examples.glue.run --glue-dir GLUE --checkpoint roberta.large/model.pt \\
         --backbone roberta_large --tasks CoLA RTE --methods adam sam delta_sam r3f+delta_sam \\
         --seeds 1 2 3 4 5 --out results/glue
 
@@ -22,21 +22,20 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-ROOT = Path(__file__).resolve().parents[2]
-CONFIG = Path(__file__).resolve().parent / "config"
-SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from stages import (  # noqa: E402
+from examples.common.runner import (
     Stage,
     exit_code,
     is_done,
+    module,
     option_words,
     run_all,
     run_side_by_side,
     sharpness_stage,
     split_words,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIG = Path(__file__).resolve().parent / "config"
 
 PYTHON = sys.executable
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
@@ -89,7 +88,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
         help="for --glue-dir",
     )
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
-    add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of prepare_glue.py")
+    add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of glue.prepare")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
     add("--jobs", type=positive, help="runs at a time (default: one a GPU, or one)")
     add("--cores", type=positive, default=2, help="CPU threads of each run (default: 2)")
@@ -260,7 +259,7 @@ def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> L
         Stage(
             f"encode {task}",
             [
-                *(PYTHON, str(SCRIPTS / "prepare_glue.py"), "--glue-dir", str(args.glue_dir)),
+                *module("deltasam_fairseq.glue.prepare", "--glue-dir", args.glue_dir),
                 *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
                 *(("--any-rows",) if args.any_rows else ()),
                 *(() if held_out is None else ("--hold-out", f"{held_out:g}")),
@@ -422,8 +421,8 @@ def main() -> int:
     for message in failed.values():
         print(message, file=sys.stderr)
     print(f"{len(jobs) - len(failed)} of {len(jobs)} runs are done")
-    report = [PYTHON, str(SCRIPTS / "glue_report.py"), str(args.out)]
-    code = subprocess.call([*report, "--out", str(args.out / "report")])
+    report = module("examples.glue.report", args.out, "--out", args.out / "report")
+    code = subprocess.call(report)
     return 1 if failed else code
 
 

@@ -1,8 +1,8 @@
 """Choose delta-SAM's rho and beta for each task, without a look at GLUE's validation data.
 
-    python examples/glue/search.py --glue-dir GLUE --checkpoint roberta.large/model.pt \\
+    python -m examples.glue.search --glue-dir GLUE --checkpoint roberta.large/model.pt \\
         --backbone roberta_large --tasks CoLA RTE --out results/search
-    python examples/glue/run.py ... --chosen results/search/chosen.json
+    python -m examples.glue.run ... --chosen results/search/chosen.json
 
 A share of train.tsv's rows, always the same ones, is held out to validate with (--hold-out); the
 rest is trained on.  First SAM with every rho; then delta-SAM with every beta, at the rho that was
@@ -21,13 +21,9 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-sys.path.insert(0, str(HERE.parents[1] / "scripts"))
-
-import run as glue  # noqa: E402
-from glue_report_runs import read_task  # noqa: E402
-from stages import StageError, exit_code, run_all, run_side_by_side, split_words  # noqa: E402
+from examples.common.runner import StageError, exit_code, run_all, run_side_by_side, split_words
+from examples.glue import run as glue
+from examples.glue.report.runs import read_task
 
 RHO, BETA = "sam_rho", "delta_sam_beta"  # options of the optimizer
 Chosen = Dict[str, Dict[str, float]]  # task -> option -> value

@@ -4,8 +4,8 @@ Without arguments everything is made here, from text that is on every machine: a
 model, a small pretrained RoBERTa and a task in GLUE's format.  With --glue-dir and --checkpoint
 the same runs on your data and your model.  What follows ``--`` goes to fairseq-train as it is.
 
-    python examples/quickstart/run.py
-    python examples/quickstart/run.py --glue-dir GLUE --task CoLA \\
+    python -m examples.quickstart.run
+    python -m examples.quickstart.run --glue-dir GLUE --task CoLA \\
         --checkpoint roberta.base/model.pt --bpe gpt2 --seeds 1 2 3 --out results/cola -- --fp16
 """
 
@@ -20,7 +20,9 @@ import time
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from settings import (
+from deltasam_fairseq.glue.prepare import TASKS, split_files
+from examples.common.runner import Stage, exit_code, module, run_all, sharpness_stage, split_words
+from examples.quickstart.settings import (
     ACCURACY,
     ADAM,
     CRITERIONS,
@@ -38,11 +40,6 @@ from settings import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from prepare_glue import TASKS, split_files  # noqa: E402
-from stages import Stage, exit_code, run_all, sharpness_stage, split_words  # noqa: E402
 
 PYTHON = sys.executable
 FAIRSEQ_TRAIN = [PYTHON, "-m", "fairseq_cli.train"]
@@ -119,11 +116,6 @@ def check(args: argparse.Namespace) -> Optional[str]:
     return None
 
 
-def script(name: str, *arguments: object) -> List[str]:
-    """Return the command of one of the scripts."""
-    return [PYTHON, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-
-
 def train(*arguments: object) -> List[str]:
     """Return a fairseq-train command that logs JSON and saves in the stage's folder."""
     # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
@@ -140,14 +132,14 @@ def text_stages(work: Path) -> List[Stage]:
     return [
         Stage(
             "collect English sentences",
-            script("prepare_text", "--out", "{out}/text.txt"),
+            module("examples.common.toy_text", "--out", "{out}/text.txt"),
             work / "text",
             seconds=20,
         ),
         Stage(
             "train the vocabulary",
-            script(
-                "prepare_pretraining",
+            module(
+                "examples.common.pretraining_data",
                 *("--text", text, "--skip", held_out, "--vocab-size", VOCABULARY, "--out", "{out}"),
             ),
             lm,
@@ -174,8 +166,8 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
         stages.append(
             Stage(
                 "make the task",
-                script(
-                    "prepare_order",
+                module(
+                    "examples.quickstart.word_order_task",
                     *("--text", text / "text.txt", "--swaps", SWAPS, *sizes),
                     *("--out", f"{{out}}/{BUILT_IN}"),
                 ),
@@ -196,8 +188,8 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
         inputs.append(lm)
     options += ["--any-rows"] if args.any_rows else []
     data = work / "data" / args.task
-    command = script(
-        "prepare_glue",
+    command = module(
+        "deltasam_fairseq.glue.prepare",
         *("--glue-dir", glue, "--task", args.task, "--dict", dictionary, *options),
         *("--out", "{out}"),
     )
@@ -308,7 +300,7 @@ def main() -> int:
     print(f"results: {args.out}" + (f" (about {expected} s)" if args.checkpoint is None else ""))
     table = Stage(
         "report",
-        script("report", *folders, "--metric", metric, "--out", "{out}"),
+        module("examples.common.report", *folders, "--metric", metric, "--out", "{out}"),
         report,
         [stage.out for stage in runs],
         seconds=3,

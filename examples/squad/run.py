@@ -4,8 +4,8 @@ Without arguments everything is made here: the questions, a vocabulary, and a sm
 starts from nothing.  With --train, --valid and --checkpoint the same runs on SQuAD and a model of
 yours.  What follows ``--`` goes to fairseq-train as it is.
 
-    python examples/squad/run.py
-    python examples/squad/run.py --train train-v1.1.json --valid dev-v1.1.json \\
+    python -m examples.squad.run
+    python -m examples.squad.run --train train-v1.1.json --valid dev-v1.1.json \\
         --checkpoint roberta.base/model.pt --seeds 1 2 3 --out results/squad1 -- --fp16
 """
 
@@ -17,18 +17,17 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
-ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ROOT / "scripts"
-sys.path.insert(0, str(SCRIPTS))
-
-from stages import (  # noqa: E402
+from examples.common.runner import (
     Stage,
     exit_code,
+    module,
     option_words,
     run_all,
     sharpness_stage,
     split_words,
 )
+
+ROOT = Path(__file__).resolve().parents[2]
 
 PYTHON = sys.executable
 
@@ -73,7 +72,7 @@ def parser() -> argparse.ArgumentParser:
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
     add("--bpe", choices=("gpt2", "sentencepiece", "wordpiece"), default="gpt2", help="its BPE")
     add(
-        "--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of prepare_squad.py"
+        "--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of squad.prepare"
     )
     add("--optimizers", nargs="+", default=["adam", "delta_sam_adam"])
     add("--seeds", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
@@ -98,11 +97,6 @@ def check(args: argparse.Namespace) -> Optional[str]:
     return None
 
 
-def script(name: str, *arguments: object) -> List[str]:
-    """Return the command of one of the scripts."""
-    return [PYTHON, str(SCRIPTS / f"{name}.py"), *map(str, arguments)]
-
-
 def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
     """Return the stages that make the data; the last one's folder is what is trained on."""
     stages: List[Stage] = []
@@ -112,13 +106,13 @@ def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
         files += [word for option in args.bpe_options for word in option_words(option)]
     else:
         qa, lm = work / "qa", work / "vocabulary"
-        make = script("make_qa_data", *QUESTIONS, "--out", "{out}")
+        make = module("examples.squad.make_data", *QUESTIONS, "--out", "{out}")
         vocabulary = ["--text", qa / "text.txt", "--vocab-size", VOCABULARY, "--model-type", "bpe"]
         stages = [
             Stage("make questions", make, qa),
             Stage(
                 "train the vocabulary",
-                script("prepare_pretraining", *vocabulary, "--out", "{out}"),
+                module("examples.common.pretraining_data", *vocabulary, "--out", "{out}"),
                 lm,
                 [qa],
                 seconds=6,
@@ -127,7 +121,7 @@ def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
         files = ["--train", qa / "train.json", "--valid", qa / "dev.json", "--bpe", "sentencepiece"]
         files += ["--dict", lm / "dict.txt", "--sentencepiece-model", lm / "spm.model"]
         files += SMALL.prepare
-    command = script("prepare_squad", *files, "--out", "{out}")
+    command = module("deltasam_fairseq.squad.prepare", *files, "--out", "{out}")
     inputs = [stage.out for stage in stages]
     return [*stages, Stage("prepare the windows", command, work / "data", inputs, seconds=6)]
 
@@ -170,7 +164,7 @@ def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[S
         )
         answers = args.out / "answers" / name
         words = ["--data", data, "--path", out / "checkpoint_best.pt", "--out", "{out}"]
-        predict = script("predict_squad", *words)
+        predict = module("deltasam_fairseq.squad.predict", *words)
         stages.append(Stage(f"answers of {name}", predict, answers, [out]))
     return stages
 
@@ -189,7 +183,7 @@ def main() -> int:
     folders = [stage.out for stage in runs if stage.title.startswith("fine-tune")]
     inputs = [stage.out for stage in runs]
     words = [*map(str, folders), "--metric", "f1", "--out", "{out}"]
-    table = Stage("report", script("report", *words), args.out / "report", inputs)
+    table = Stage("report", module("examples.common.report", *words), args.out / "report", inputs)
     code = exit_code(lambda: run_all([*data, *runs, table], args.cores))
     if not code:
         print(f"\n{(table.out / 'report.md').read_text(encoding='utf-8')}\n{table.out}")

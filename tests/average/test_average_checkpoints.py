@@ -6,16 +6,13 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from fairseq import checkpoint_utils
 
 from deltasam_fairseq.average.__main__ import main
 from deltasam_fairseq.average.mean import UsageError, average
-from deltasam_fairseq.averaging_trainer import STATE
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-import runs  # noqa: E402
+from deltasam_fairseq.trainer.averaging import STATE
+from tests.helpers import runs, tiny
 
 COMMAND = [sys.executable, "-m", "deltasam_fairseq.average"]
 

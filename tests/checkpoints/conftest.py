@@ -4,10 +4,10 @@ import random
 
 import pytest
 import torch
-from saved import TRAIN, argv
 
 from deltasam_fairseq import checkpoints
 from deltasam_fairseq.checkpoints import reading
+from tests.checkpoints.saved import TRAIN, argv
 
 
 @pytest.fixture(autouse=True)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import DictConfig
-from saved import ActsInSetState, save
 
 from deltasam_fairseq import checkpoints
-from deltasam_fairseq.checkpoints import allow_list, numpy_numbers
+from deltasam_fairseq.checkpoints import allow_list, numpy_scalars
+from tests.checkpoints.saved import ActsInSetState, save
 
 
 def test_allow_list_has_no_way_to_run_code():
@@ -24,7 +24,7 @@ def test_allow_list_has_no_way_to_run_code():
     for name, found in table.items():
         module = name.rpartition(".")[0]
         assert module not in allow_list.BLOCKED_MODULES
-        assert isinstance(found, type) or name == "typing.Any" or found is numpy_numbers.scalar
+        assert isinstance(found, type) or name == "typing.Any" or found is numpy_scalars.scalar
     assert np.dtype not in table.values()
 
 

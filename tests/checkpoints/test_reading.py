@@ -9,10 +9,10 @@ from fairseq import checkpoint_utils
 from fairseq.logging import meters
 from fairseq.models.roberta import RobertaModel
 from omegaconf import DictConfig
-from saved import TRAIN, Payload, argv, checkpoint_load, hydra, official, save
 
 from deltasam_fairseq import checkpoints
 from deltasam_fairseq.checkpoints import reading
+from tests.checkpoints.saved import TRAIN, Payload, argv, checkpoint_load, hydra, official, save
 
 
 def test_own_checkpoint_holds_what_the_list_says(trained, mode):

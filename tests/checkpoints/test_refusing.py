@@ -9,9 +9,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
-from saved import ActsInSetState, Payload, checkpoint_load, save
 
 from deltasam_fairseq import checkpoints
+from tests.checkpoints.saved import ActsInSetState, Payload, checkpoint_load, save
 
 
 @pytest.mark.parametrize("zipped", [True, False])

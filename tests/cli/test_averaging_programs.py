@@ -7,13 +7,12 @@ import sys
 import fairseq
 import fairseq_cli.train
 import pytest
-import runs
-import tiny
 import torch
 from fairseq.models.roberta import RobertaModel
-from test_errors import error_of
 
-from deltasam_fairseq.averaging_trainer import STATE
+from deltasam_fairseq.trainer.averaging import STATE
+from tests.cli.test_errors import error_of
+from tests.helpers import runs, tiny
 
 YAML = """\
 # @package _global_

@@ -5,12 +5,11 @@ import dataclasses
 import re
 
 import pytest
-import runs
-import tiny
 from fairseq import options
 from fairseq.optim import OPTIMIZER_REGISTRY
 
 from deltasam_fairseq.optim import DeltaSAMConfig, SAMConfig
+from tests.helpers import runs, tiny
 
 BASES = ["adadelta", "adafactor", "adagrad", "adam", "adamax", "nag", "sgd"]
 LAMB = "lamb"

@@ -3,8 +3,8 @@
 import json
 
 import pytest
-import runs
-import tiny
+
+from tests.helpers import runs, tiny
 
 OPTIMIZERS = ["sam_adam", "delta_sam_adam"]
 OF_AN_ASCENT = {

@@ -1,14 +1,13 @@
 """The criterions from fairseq-train's command line: errors, help, resuming, half precision."""
 
 import pytest
-import runs
-import tiny
 import torch
-from test_errors import data_must_not_load, error_of  # noqa: F401
-from test_help import help_of
-from test_resume import assert_resumed_with_validation
 
-from deltasam_fairseq.checks import check_config
+from deltasam_fairseq.config_checks import check_config
+from tests.cli.test_errors import data_must_not_load, error_of  # noqa: F401
+from tests.cli.test_help import help_of
+from tests.cli.test_resume import assert_resumed_with_validation
+from tests.helpers import runs, tiny
 
 # criterion, options; what the message must name
 ERRORS = {

@@ -14,10 +14,9 @@ from pathlib import Path
 import fairseq.trainer
 import fairseq_cli.train
 import pytest
-import runs
-import tiny
 
 import deltasam_fairseq
+from tests.helpers import runs, tiny
 
 PYTHON = [sys.executable, "-m"]
 TORCHRUN = [*PYTHON, "torch.distributed.run", "--standalone", "--nproc_per_node", "1"]

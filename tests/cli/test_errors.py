@@ -2,10 +2,9 @@
 
 import fairseq_cli.train
 import pytest
-import runs
-import tiny
 
-import deltasam_fairseq.checks
+import deltasam_fairseq.config_checks
+from tests.helpers import runs, tiny
 
 SAM, DELTA = ["--optimizer", "sam_adam"], ["--optimizer", "delta_sam_adam"]
 
@@ -134,7 +133,7 @@ def test_task_with_a_train_step_of_its_own(tmp_path, monkeypatch, capfd, data_mu
     ids=" ".join,
 )
 def test_right_options_are_not_refused(tmp_path, options):
-    deltasam_fairseq.checks.check_config(
+    deltasam_fairseq.config_checks.check_config(
         runs.parse(tiny.arguments(tmp_path, tmp_path, *options, criterion="cross_entropy"))
     )
 

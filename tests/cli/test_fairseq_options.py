@@ -4,10 +4,10 @@ import collections
 import re
 
 import pytest
-import runs
-import tiny
 import torch
 from fairseq.logging import metrics
+
+from tests.helpers import runs, tiny
 
 OPTIONS = {
     "clip": ["--clip-norm", "0.1"],

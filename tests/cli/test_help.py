@@ -1,8 +1,9 @@
 """--help shows the options of this plugin, which fairseq alone never shows of any optimizer."""
 
 import pytest
-import tiny
 from fairseq import options
+
+from tests.helpers import tiny
 
 SHARED = ["--sam-rho", "--sam-adaptive", "--sam-eta", "--sam-start-update", "--sam-scope"]
 SWA = ["--swa-start", "--swa-every", "--swa-decay", "--swa-lr", "--swa-validate-both"]

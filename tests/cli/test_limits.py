@@ -1,7 +1,8 @@
 """Limiting cases over whole runs with dropout, bit for bit."""
 
 import pytest
-import runs
+
+from tests.helpers import runs
 
 RUN = ["--max-update", "6", "--update-freq", "1"]
 

@@ -8,9 +8,9 @@ import sys
 import time
 
 import pytest
-import runs
-import tiny
 import torch
+
+from tests.helpers import runs, tiny
 
 OPTIMIZERS = {
     "adam": ["--optimizer", "adam"],

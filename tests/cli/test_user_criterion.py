@@ -5,10 +5,9 @@ import re
 from pathlib import Path
 
 import pytest
-import runs
-import tiny
 
 import deltasam_fairseq
+from tests.helpers import runs, tiny
 
 ROOT = Path(__file__).parent.parent.parent
 PACKAGE_PARENT = str(Path(deltasam_fairseq.__file__).parent.parent)

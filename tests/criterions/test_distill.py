@@ -4,16 +4,23 @@ import copy
 from argparse import Namespace
 
 import pytest
-import tiny
 import torch
 import torch.nn.functional as F
 from fairseq import checkpoint_utils
 from omegaconf import OmegaConf
-from test_regularisers import HEAD, build, gradients, logits_of, sentences, task_loss
 
 from deltasam_fairseq.criterions import per_sentence_losses
-from deltasam_fairseq.criterions.objectives import Classification, LabelSmoothedTokens
+from deltasam_fairseq.criterions.task_losses import Classification, LabelSmoothedTokens
 from deltasam_fairseq.criterions.teacher import load_teacher
+from tests.criterions.test_regularisers import (
+    HEAD,
+    build,
+    gradients,
+    logits_of,
+    sentences,
+    task_loss,
+)
+from tests.helpers import tiny
 
 REGRESSION = [False, True]
 FIGURES = {"distill_hard", "distill_soft", "distill_teacher_loss"}

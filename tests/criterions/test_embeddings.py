@@ -1,12 +1,12 @@
 """Perturbed embeddings reach the output, of every model, and nothing else is perturbed."""
 
 import pytest
-import tiny
 import torch
 
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.embeddings import WordEmbeddings
-from deltasam_fairseq.criterions.objectives import Classification
+from deltasam_fairseq.criterions.task_losses import Classification
+from tests.helpers import tiny
 
 HEAD = "sentence_classification_head"
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0"]

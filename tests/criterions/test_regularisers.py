@@ -8,12 +8,11 @@ import copy
 import math
 
 import pytest
-import same_noise
-import tiny
 import torch
 import torch.nn.functional as F
 
 from deltasam_fairseq.criterions import per_sentence_losses
+from tests.helpers import same_noise, tiny
 
 HEAD = "sentence_classification_head"
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0"]

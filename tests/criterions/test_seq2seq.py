@@ -3,13 +3,12 @@
 import copy
 
 import pytest
-import same_noise
-import tiny
 import torch
 import torch.nn.functional as F
 
 from deltasam_fairseq.criterions import per_sentence_losses
-from deltasam_fairseq.criterions.objectives import LabelSmoothedTokens
+from deltasam_fairseq.criterions.task_losses import LabelSmoothedTokens
+from tests.helpers import same_noise, tiny
 
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0"]
 

@@ -3,8 +3,9 @@
 import json
 
 import pytest
-import tiny
 from fairseq import checkpoint_utils
+
+from tests.helpers import tiny
 
 
 def validated(data, folder, ranks, *more):

@@ -4,13 +4,13 @@ Real processes, gloo over TCP. Runs of whole programs: another number of ranks t
 """
 
 import pytest
-import tiny
 import torch
-from processes import run_ranks
-from test_equivalence import updates
-from test_failure import Runs
 
-from deltasam_fairseq.averaging_trainer import STATE
+from deltasam_fairseq.trainer.averaging import STATE
+from tests.distributed.test_equivalence import updates
+from tests.distributed.test_failure import Runs
+from tests.helpers import tiny
+from tests.helpers.processes import run_ranks
 
 SWA = ["--lr-scheduler", "swa_fixed", "--swa-start", "1"]
 OPTIMIZERS = ["adam", "delta_sam_adam"]

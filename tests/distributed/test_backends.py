@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
-from processes import HERE, PATH, free_port
+
+from tests.helpers import tiny
+from tests.helpers.processes import PATH, free_port
 
 SHARDED = {
     "sam_adam": ["--optimizer", "sam_adam"],
@@ -76,7 +77,8 @@ def sharded(classification, tmp_path_factory):
     spec_file.write_text(json.dumps(specs))
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     env["PYTHONPATH"] = os.pathsep.join([PATH, os.environ.get("PYTHONPATH", "")])
-    subprocess.run([sys.executable, str(HERE / "forked.py"), str(spec_file)], env=env, check=True)
+    command = [sys.executable, "-m", "tests.helpers.forked", str(spec_file)]
+    subprocess.run(command, env=env, check=True)
     for spec in specs:
         with open(spec["out"] + ".json") as f:
             assert json.load(f)["status"] == [0, 0], open(spec["out"] + ".0.log").read()[-4000:]

@@ -4,13 +4,13 @@ Real processes, gloo over TCP. Bounds are those of test_equivalence: the order o
 """
 
 import pytest
-import tiny
 import torch
-from processes import run_ranks
-from test_equivalence import BACKENDS, BOUND, LAYOUTS, updates
 
 from deltasam_fairseq.algorithms import SENTENCES, update_generator
-from deltasam_fairseq.subsample import draw_sentences
+from deltasam_fairseq.trainer.subsampling import draw_sentences
+from tests.distributed.test_equivalence import BACKENDS, BOUND, LAYOUTS, updates
+from tests.helpers import tiny
+from tests.helpers.processes import run_ranks
 
 OPTIMIZERS = ["sam_adam", "delta_sam_adam"]
 SEED, CRITERION, OWN_WEIGHT = 3, "float64_sentence_prediction", "parameter_criterion"

@@ -7,9 +7,10 @@ float64 throughout, so the bound is that of the order of summation.
 import itertools
 
 import pytest
-import tiny
 import torch
-from processes import run_ranks
+
+from tests.helpers import tiny
+from tests.helpers.processes import run_ranks
 
 # Over three updates of Adam, whose step from a gradient near zero magnifies rounding.
 BOUND = 1e-9

@@ -13,9 +13,10 @@ import subprocess
 import sys
 
 import pytest
-import tiny
 import torch
-from processes import HERE, PATH, free_port
+
+from tests.helpers import tiny
+from tests.helpers.processes import HERE, PATH, free_port
 
 FAULTS = str(HERE / "faults")
 UPDATES = 7
@@ -70,7 +71,7 @@ class Runs:
         spec_file = self.folder / "spec.json"
         spec_file.write_text(json.dumps(self.specs))
         subprocess.run(
-            [sys.executable, str(HERE / "forked.py"), str(spec_file)],
+            [sys.executable, "-m", "tests.helpers.forked", str(spec_file)],
             env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH},
             check=True,
         )

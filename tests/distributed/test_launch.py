@@ -15,10 +15,10 @@ import time
 from pathlib import Path
 
 import pytest
-import slurm_here
-import tiny
 import torch
-from processes import free_port
+
+from tests.helpers import slurm_here, tiny
+from tests.helpers.processes import free_port
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "distributed"
 CONFIG = EXAMPLES / "hydra_submitit" / "config"

@@ -7,10 +7,11 @@ noise that depends on the sentence only.
 import itertools
 
 import pytest
-import tiny
 import torch
-from processes import run_ranks
-from test_equivalence import BOUND, updates
+
+from tests.distributed.test_equivalence import BOUND, updates
+from tests.helpers import tiny
+from tests.helpers.processes import run_ranks
 
 LAYOUTS = {
     "large batch": [[16]],

@@ -3,7 +3,8 @@
 import json
 
 import pytest
-import tiny
+
+from tests.helpers import tiny
 
 METRICS = {
     "--report-mcc --report-acc-and-f1": ["valid_mcc", "valid_f1", "valid_accuracy"],

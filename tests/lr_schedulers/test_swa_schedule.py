@@ -1,18 +1,13 @@
 """What --swa-* mean: when weights are averaged, the learning rate; and what is refused."""
 
-import sys
 from argparse import Namespace
-from pathlib import Path
 
 import pytest
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 
 from deltasam_fairseq.lr_schedulers.config import check_swa_config, parse_every, parse_start
 from deltasam_fairseq.lr_schedulers.swa import SWAScheduler, check_start
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "cli"))
-import runs  # noqa: E402
-import tiny  # noqa: E402
+from tests.helpers import runs, tiny
 
 DEFAULTS = {
     "swa_start": "0.5",

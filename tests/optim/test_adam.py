@@ -1,12 +1,12 @@
 """Adam's step over lists of tensors is fairseq's."""
 
 import pytest
-import tiny
 import torch
 from fairseq.optim.adam import Adam
 
 from deltasam_fairseq.optim import adam
 from deltasam_fairseq.optim.adam import MultiTensorAdam
+from tests.helpers import tiny
 
 SHAPES = [(3,), (2, 5), (), (7, 1)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}

@@ -3,10 +3,10 @@
 import sys
 
 import pytest
-import tiny
 import torch
 
 from deltasam_fairseq.optim import sharpness_aware
+from tests.helpers import tiny
 
 
 @pytest.fixture

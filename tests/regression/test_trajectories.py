@@ -3,7 +3,8 @@
 import json
 
 import pytest
-from trajectories import RECORD, RUNS, run
+
+from tests.regression.trajectories import RECORD, RUNS, run
 
 RECORDED = json.loads(RECORD.read_text())
 

@@ -1,7 +1,7 @@
 """Recorded trajectories on the small RoBERTa: what is recorded, and how it is recorded again.
 
-    python tests/regression/trajectories.py                       record, and say what changed
-    python tests/regression/trajectories.py --fixture WORK        make the fixture itself first
+    python -m tests.regression.trajectories                  record, and say what changed
+    python -m tests.regression.trajectories --fixture WORK   make the fixture itself first
 
 WORK is the ``work`` folder of the quick start (``make demo``): its pretrained RoBERTa and its
 word-order task become the checkpoint (in float16, to be small) and the data of this folder; the
@@ -12,17 +12,16 @@ again only when a change of the numbers is meant, and say why in the commit.
 import argparse
 import json
 import shutil
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any, Dict, List
 
-HERE = Path(__file__).parent
-sys.path[:0] = [str(HERE.parent), str(HERE.parent.parent)]
+import torch
+from fairseq import checkpoint_utils
 
-import tiny  # noqa: E402
-import torch  # noqa: E402
-from fairseq import checkpoint_utils  # noqa: E402
+from tests.helpers import tiny
+
+HERE = Path(__file__).parent
 
 CHECKPOINT, DATA, RECORD = HERE / "small_roberta.pt", HERE / "data", HERE / "trajectories.json"
 SENTENCES = {"train": 96, "valid": 32}

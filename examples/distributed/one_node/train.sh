@@ -3,7 +3,7 @@
 # Arguments are passed on to fairseq-train and win.
 set -euo pipefail
 
-DATA=${DATA:-RTE-bin}                        # made by scripts/prepare_glue.py
+DATA=${DATA:-RTE-bin}                        # made by python -m deltasam_fairseq.glue.prepare
 CHECKPOINT=${CHECKPOINT:-roberta.large/model.pt}
 SAVE_DIR=${SAVE_DIR:-checkpoints/rte}        # run again with the same: goes on where it stopped
 PROCESSES=${PROCESSES:-8}                    # one a GPU

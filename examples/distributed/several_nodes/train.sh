@@ -3,7 +3,7 @@
 # Start it on each of them, with the same values. Arguments go to fairseq-train and win.
 set -euo pipefail
 
-DATA=${DATA:-RTE-bin}                        # made by scripts/prepare_glue.py
+DATA=${DATA:-RTE-bin}                        # made by python -m deltasam_fairseq.glue.prepare
 CHECKPOINT=${CHECKPOINT:-roberta.large/model.pt}
 SAVE_DIR=${SAVE_DIR:-checkpoints/rte}        # a folder that all machines see
 NODES=${NODES:-2}

@@ -1,0 +1,231 @@
+"""fairseq -> Hugging Face."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import Dictionary
+from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
+from fairseq.models.roberta import RobertaModel
+from omegaconf import OmegaConf
+from torch import Tensor
+
+from deltasam_fairseq.convert.families import (
+    ACTIVATIONS,
+    ENCODER,
+    FAMILIES,
+    HEAD,
+    MASK,
+    Tensors,
+    copy_tokenizer,
+    first_position,
+    layers_of,
+    load_exactly,
+    renamed,
+    safetensors_torch,
+    write_json,
+    written,
+)
+from deltasam_fairseq.convert.vocabulary import fairseq_symbols, read_vocabulary_of
+from deltasam_fairseq.models import BertModel
+
+# fairseq 0.12.2 keeps a layer's weights twice, and trains the others.
+SECOND_COPY = re.compile(r"\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
+
+
+def read_dictionary(data: Path) -> Dictionary:
+    """The dictionary of a sentence_prediction folder, or of a converted one, with <mask>."""
+    for path in (data / "input0" / "dict.txt", data / "dict.txt"):
+        if path.is_file():
+            dictionary = Dictionary.load(str(path))
+            dictionary.add_symbol(MASK)
+            return dictionary
+    raise FileNotFoundError(f"--data {data} has neither input0/dict.txt nor dict.txt")
+
+
+def read_labels(data: Path, classes: int) -> List[str]:
+    """The names of the classes in their order.
+
+    Raises:
+        FileNotFoundError, ValueError: label/dict.txt is not there, or has too few.
+    """
+    path = data / "label" / "dict.txt"
+    if classes == 1 and not path.is_file():
+        return ["LABEL_0"]  # regression has no labels
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist; the {classes} labels are named there")
+    labels = Dictionary.load(str(path))
+    names = labels.symbols[labels.nspecial :]
+    if len(names) < classes:
+        raise ValueError(f"{path} has {len(names)} labels, the checkpoint {classes} classes")
+    return names[:classes]
+
+
+def read_scale(data: Path) -> float:
+    """What a prediction of a score has to be multiplied by; 1 without glue.prepare's record."""
+    path = data / "task.json"
+    if not path.is_file():
+        return 1.0
+    return float(json.loads(path.read_text(encoding="utf-8"))["scale"] or 1.0)
+
+
+def read_model(checkpoint: Path, dictionary: Dictionary) -> Any:
+    """The model of a fairseq checkpoint, with its classification heads.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: neither RoBERTa nor bert, a variant that Hugging Face does not have, or
+            another dictionary.
+    """
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"{checkpoint} does not exist")
+    state = checkpoint_utils.load_checkpoint_to_cpu(str(checkpoint))
+    cfg = state["cfg"]["model"]
+    values = dict(cfg) if OmegaConf.is_config(cfg) else vars(cfg)
+    args = argparse.Namespace(**{**values, "load_checkpoint_heads": True})
+    arch = getattr(args, "arch", None) or args._name
+    cls = ARCH_MODEL_REGISTRY.get(arch)
+    if cls is None or not issubclass(cls, RobertaModel):
+        raise ValueError(f"--arch {arch} cannot be exported; supported are roberta and bert")
+    ARCH_CONFIG_REGISTRY[arch](args)
+    if args.encoder_normalize_before or not args.layernorm_embedding:
+        raise ValueError(f"--arch {arch}: layer norm comes first; Hugging Face's comes last")
+    if args.activation_fn not in ACTIVATIONS.values() or args.pooler_activation_fn != "tanh":
+        raise ValueError(
+            f"--activation-fn {args.activation_fn} --pooler-activation-fn "
+            f"{args.pooler_activation_fn}: supported are {set(ACTIVATIONS.values())} and tanh"
+        )
+    for name, tensor in state["model"].items():
+        if name.endswith("embed_tokens.weight") and len(tensor) != len(dictionary):
+            raise ValueError(
+                f"{checkpoint} has {len(tensor)} words, dict.txt with <mask> {len(dictionary)}: "
+                "give the --data that it was trained on"
+            )
+    model = cls.build_model(args, SimpleNamespace(source_dictionary=dictionary))
+    weights = {name: x for name, x in state["model"].items() if not SECOND_COPY.search(name)}
+    load_exactly(model, weights, str(checkpoint))
+    return model
+
+
+def classification_head(model: Any) -> Any:
+    """The model's head, R4F's spectral norm folded into its weight.
+
+    Raises:
+        ValueError: none, or several and none with fairseq's default name.
+    """
+    heads = model.classification_heads
+    name = HEAD if HEAD in heads or len(heads) != 1 else next(iter(heads))
+    if name not in heads:
+        raise ValueError(
+            f"classification heads of the checkpoint: {list(heads)}; one, or {HEAD}, is needed"
+        )
+    if hasattr(heads[name].out_proj, "weight_orig"):
+        torch.nn.utils.remove_spectral_norm(heads[name].out_proj)
+    return heads[name]
+
+
+def hf_config(model: Any, model_type: str, symbols: List[str], labels: List[str]) -> Dict[str, Any]:
+    """config.json for a fairseq model whose words are ``symbols``, in the order of their ids."""
+    args = model.args
+    activation = {ours: theirs for theirs, ours in reversed(list(ACTIVATIONS.items()))}
+    name = {"bert": "Bert", "roberta": "Roberta"}[model_type]
+    config = {
+        "architectures": [f"{name}ForSequenceClassification"],
+        "model_type": model_type,
+        "vocab_size": len(symbols),
+        "num_hidden_layers": len(model.encoder.sentence_encoder.layers),
+        "hidden_size": args.encoder_embed_dim,
+        "intermediate_size": args.encoder_ffn_embed_dim,
+        "num_attention_heads": args.encoder_attention_heads,
+        "hidden_act": activation[args.activation_fn],
+        "hidden_dropout_prob": args.dropout,
+        "attention_probs_dropout_prob": args.attention_dropout,
+        "classifier_dropout": args.pooler_dropout,
+        "layer_norm_eps": args.layer_norm_eps if model_type == "bert" else 1e-5,
+        "type_vocab_size": FAMILIES[model_type].token_types,
+        "pad_token_id": symbols.index("<pad>"),
+        "bos_token_id": symbols.index("<s>"),
+        "eos_token_id": symbols.index("</s>"),
+        "id2label": {str(i): label for i, label in enumerate(labels)},
+        "label2id": {label: i for i, label in enumerate(labels)},
+        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
+    }
+    config["max_position_embeddings"] = args.max_positions + first_position(config)
+    return config
+
+
+def hf_weights(model: Any, config: Dict[str, Any], rows: Tensor) -> Tensors:
+    """The weights under Hugging Face's names; ``rows``: which word is which id."""
+    family, head = FAMILIES[config["model_type"]], classification_head(model)
+    state = model.state_dict()
+    hf = renamed(state, {b: a for a, b in layers_of(config["num_hidden_layers"]).items()})
+    hf["embeddings.word_embeddings.weight"] = state[f"{ENCODER}embed_tokens.weight"][rows]
+    positions = state[f"{ENCODER}embed_positions.weight"][Dictionary().pad() + 1 :]
+    unused = positions.new_zeros(first_position(config), positions.shape[1])
+    hf["embeddings.position_embeddings.weight"] = torch.cat([unused, positions])
+    types = state.get(f"{ENCODER}embed_types.weight", positions.new_zeros(1, positions.shape[1]))
+    hf["embeddings.token_type_embeddings.weight"] = types
+    names = {family.head_dense: "dense", family.head_out: "out_proj"}
+    hf.update(renamed(head.state_dict(), names))
+    body = ("embeddings.", "encoder.", "pooler.")
+    prefix = config["model_type"]
+    return {
+        f"{prefix}.{name}" if name.startswith(body) else name: tensor.contiguous()
+        for name, tensor in hf.items()
+    }
+
+
+def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = None) -> List[str]:
+    """Export a fine-tuned RoBERTa or bert.
+
+    Args:
+        checkpoint: of fairseq, with a classification head.
+        data: the folder that it was trained on: input0/dict.txt (or dict.txt), label/dict.txt.
+        out: folder to make.
+        tokenizer: the Hugging Face folder that the model once came from, or what to-fairseq made
+            of it. Its files are copied, and ids are as there; without it they are fairseq's.
+
+    Returns:
+        Lines to print.
+
+    Raises:
+        ValueError, OSError, ImportError: what is wrong, in words. Then nothing is written.
+    """
+    dictionary = read_dictionary(data)
+    model = read_model(checkpoint, dictionary)
+    model_type = "bert" if isinstance(model, BertModel) else "roberta"
+    symbols = list(dictionary.symbols)
+    if tokenizer is not None:
+        vocabulary = read_vocabulary_of(tokenizer, model_type)
+        symbols = fairseq_symbols(vocabulary, FAMILIES[model_type], len(symbols))
+        unknown = set(symbols) ^ set(dictionary.symbols)
+        if unknown:
+            raise ValueError(
+                f"{tokenizer} and the dict.txt of {data} differ in {len(unknown)} words, as in "
+                f"{sorted(unknown)[:3]}: give the tokenizer that the dict.txt was made from"
+            )
+    rows = torch.tensor([dictionary.index(symbol) for symbol in symbols])
+    classes = classification_head(model).out_proj.out_features
+    config = hf_config(model, model_type, symbols, read_labels(data, classes))
+    weights = hf_weights(model, config, rows)
+    scale = read_scale(data) if classes == 1 else 1.0
+    for name in ("weight", "bias"):
+        weights[f"{FAMILIES[model_type].head_out}.{name}"] *= scale
+    save_file = safetensors_torch().save_file
+    with written(out) as part:
+        write_json(part / "config.json", config)
+        save_file(weights, str(part / "model.safetensors"), metadata={"format": "pt"})
+        if tokenizer is not None:
+            copy_tokenizer(tokenizer, part)
+    scaled = f", scores times {scale:g} as in the data's TSV" if scale != 1 else ""
+    ids = f"ids and tokenizer of {tokenizer}" if tokenizer else "fairseq's ids, no tokenizer"
+    return [
+        f"{checkpoint} -> {out}: {config['architectures'][0]}, {classes} classes, {ids}{scaled}"
+    ]

@@ -1,0 +1,183 @@
+"""What a task makes of a model's outputs: the loss of a sentence, and how far two outputs differ.
+
+A regulariser is written once, in these terms, and works for every kind of task. The *scores* that
+the functions take are what is computed once from a model's output: log-probabilities, or the
+predicted numbers.
+"""
+
+from typing import Protocol, Tuple, runtime_checkable
+
+import torch.nn.functional as F
+from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
+from torch import Tensor
+
+from deltasam_fairseq.algorithms import kl, softened_kl, squared_difference, symmetric_kl
+
+
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if it is half precision, else as it is."""
+    return x.float() if x.element_size() < 4 else x
+
+
+class Objective(Protocol):
+    """What a regulariser needs to know of a task's loss.
+
+    Attributes:
+        targets: what the criterion was given to reach; the shape depends on the task.
+    """
+
+    targets: Tensor
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Return what the functions below take, from the model's output."""
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Return the loss of every sentence, shape (B,)."""
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Return the symmetric divergence of every sentence, shape (B,)."""
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Return the mean of both directions of every sentence, shape (B,)."""
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Return ``KL(some || others)`` of every sentence, shape (B,)."""
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """Return the distillation loss of every sentence, shape (B,)."""
+
+
+@runtime_checkable
+class ClassObjective(Objective, Protocol):
+    """The same where what is predicted is right or wrong."""
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """Return how many predictions of every sentence are right, shape (B,)."""
+
+
+class Classification:
+    """Cross-entropy of classes.
+
+    Args:
+        targets: class numbers, shape (B,).
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, shape (B, classes), of logits of that shape."""
+        return F.log_softmax(at_least_float32(logits), dim=-1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Cross-entropy of every sentence, shape (B,), in nats."""
+        return F.nll_loss(scores, self.targets, reduction="none")
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL of every sentence, the sum of both directions, shape (B,)."""
+        return symmetric_kl(some, others)
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, shape (B,)."""
+        return 0.5 * symmetric_kl(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)`` of every sentence, shape (B,)."""
+        return kl(some, others)
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)`` of every sentence, shape (B,)."""
+        return softened_kl(teacher, scores, temperature)
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """Whether two class numbers are equal, 0 or 1, shape (B,)."""
+        return predicted.eq(expected).float()
+
+
+class Regression:
+    """Squared error, summed over a sentence's targets; mostly it has one.
+
+    Args:
+        targets: shape (B,), or (B x k,) for k targets a sentence.
+    """
+
+    def __init__(self, targets: Tensor) -> None:
+        self.targets = targets
+
+    def scores(self, outputs: Tensor) -> Tensor:
+        """Predictions, shape (B, k), of outputs of that shape."""
+        return at_least_float32(outputs)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Squared error of every sentence, shape (B,)."""
+        return self.divergence(scores, self.targets.view_as(scores).to(scores))
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Squared difference of every sentence, shape (B,); it has no direction."""
+        return squared_difference(some, others).sum(dim=1)
+
+    mean_divergence = divergence
+    directed_divergence = divergence
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """Squared difference, shape (B,); a temperature has no meaning here."""
+        return self.divergence(teacher, scores)
+
+
+class LabelSmoothedTokens:
+    """Label-smoothed cross-entropy of target tokens.
+
+    Everything is summed over a sentence's target tokens; padding adds nothing. Divided by the
+    number of target tokens, as fairseq does it, this is the mean over tokens.
+
+    Args:
+        targets: shape (B, T).
+        padding_idx: what stands for padding in targets.
+        smoothing: label smoothing, 0 to 1.
+        ignore_prefix_size: number of first target tokens that are left out.
+    """
+
+    def __init__(
+        self, targets: Tensor, padding_idx: int, smoothing: float, ignore_prefix_size: int = 0
+    ) -> None:
+        self.ignore_prefix_size = ignore_prefix_size
+        self.targets = targets[:, ignore_prefix_size:]
+        self.padding_idx = padding_idx
+        self.padding = self.targets.eq(padding_idx)
+        self.smoothing = smoothing
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities, shape (B, T, vocabulary), of logits of that shape."""
+        return F.log_softmax(at_least_float32(logits[:, self.ignore_prefix_size :]), dim=-1)
+
+    def losses_and_nll(self, scores: Tensor) -> Tuple[Tensor, Tensor]:
+        """Label-smoothed and plain cross-entropy of every sentence, shape (B,), in nats."""
+        losses, nll = label_smoothed_nll_loss(
+            scores, self.targets, self.smoothing, ignore_index=self.padding_idx, reduce=False
+        )
+        return losses.flatten(1).sum(dim=1), nll.flatten(1).sum(dim=1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Label-smoothed cross-entropy of every sentence, shape (B,), in nats."""
+        return self.losses_and_nll(scores)[0]
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL, the sum of both directions and over tokens, shape (B,)."""
+        return symmetric_kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, summed over tokens, shape (B,)."""
+        return 0.5 * self.divergence(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)``, summed over tokens, shape (B,)."""
+        return kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)``, summed over tokens, shape (B,)."""
+        divergences = softened_kl(teacher, scores, temperature)
+        return divergences.masked_fill(self.padding, 0.0).sum(dim=1)
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """Number of a sentence's tokens that are equal, shape (B,), of two (B, T)."""
+        return predicted.eq(expected).masked_fill(self.padding, False).sum(dim=1).float()

@@ -1,0 +1,126 @@
+"""Turn GLUE's TSV files, or your own, into the folder that fairseq's sentence_prediction reads.
+
+    python -m deltasam_fairseq.glue.prepare --glue-dir GLUE --task CoLA --out CoLA-bin \\
+        --dict roberta.base/dict.txt --bpe gpt2
+
+``CoLA-bin/`` then holds ``input0/``, ``input1/`` (tasks of sentence pairs) and ``label/``, each
+with its ``dict.txt`` and the datasets ``train`` and ``valid`` (MNLI: also ``valid1``, the
+mismatched part).  If there is a ``test.tsv``, its sentences become the dataset ``test`` without
+labels (MNLI: also ``test1``) and its ids ``id/test.txt``.  ``task.json`` tells a program that
+predicts what it needs: the labels by class number, and the scale of a score (STS-B: 5; the data has
+score / scale, so score = scale * prediction).
+
+Several tasks (--task CoLA RTE, or --task all) go to OUT/CoLA-bin, OUT/RTE-bin.  What is finished is
+skipped when the command is run again, unless its files or options have changed.
+
+To choose hyperparameters without a look at dev.tsv, --hold-out 0.2 takes a fifth of train.tsv's
+rows, always the same ones, as ``valid`` and the rest as ``train``.
+
+Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
+``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
+line) or numbered from 1 (they have none): for sentence<TAB>label it is ``--columns 1 2``.  Labels
+are any text; --regression is for scores.
+
+--dict and the files of the BPE may be URLs.  One that ends in #sha256=HEX is checked.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Dict
+
+from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of, positive
+from deltasam_fairseq.glue.tasks import GLUE, TASKS, GlueError, Task, own_task
+
+
+def split_files(name: str) -> Dict[str, str]:
+    """Return the labelled splits of fairseq's data -> the TSV file, without its ending."""
+    return TASKS[name].splits()
+
+
+def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
+    """Return the tasks that the options name."""
+    names = list(GLUE) if args.task == ["all"] else list(dict.fromkeys(args.task))
+    own = [name for name in names if name not in TASKS]
+    if own and not args.columns:
+        raise GlueError(
+            f"--task {own[0]}: GLUE has {', '.join(GLUE)}; for data of your own give --columns"
+        )
+    if not own and (args.columns or args.regression):
+        raise GlueError("--columns, --regression: only for data of your own, see --task")
+    scale = args.regression or 0.0
+    return {
+        name: TASKS[name] if name in TASKS else own_task(args.glue_dir, name, args.columns, scale)
+        for name in names
+    }
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """Check all that is asked for, then write it."""
+    from deltasam_fairseq.data.binarize import (
+        processes,  # not above: the quick start reads TASKS without fairseq
+    )
+    from deltasam_fairseq.glue.write_splits import check_splits, splits_of, write_task
+
+    tasks = tasks_of(args)
+    encoding, bpe = encoding_of(args)
+    plan = []
+    for name, task in tasks.items():
+        out = args.out if len(tasks) == 1 else args.out / f"{name}-bin"
+        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe, args.hold_out)))
+    for splits in plan:
+        check_splits(splits, args.any_rows)
+    with processes(args.workers) as run:
+        for splits in plan:
+            write_task(splits, bpe, encoding, run, args.any_rows)
+
+
+def share(text: str) -> float:
+    """Return a number above 0 and below 1."""
+    if not 0 < float(text) < 1:
+        raise ValueError
+    return float(text)
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = options.add_argument
+    add("--glue-dir", type=Path, required=True, help="folder with a folder for each task")
+    add("--task", nargs="+", required=True, help=f"all, or of {', '.join(TASKS)}, or your own")
+    add("--out", type=Path, required=True, help="folder to write; of several tasks: their parent")
+    add("--columns", nargs=2, metavar=("SENTENCE[,SENTENCE2]", "LABEL"), help="of your own task")
+    add(
+        "--regression",
+        nargs="?",
+        type=positive(float),
+        const=1.0,
+        metavar="SCALE",
+        help="your own task's labels are scores, to be divided by SCALE (default: 1)",
+    )
+    add_encoding_options(options)
+    add(
+        "--hold-out",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="share of train.tsv's rows to validate with instead of dev.tsv, above 0, below 1",
+    )
+    add("--any-rows", action="store_true", help="take files that lack rows, or have more")
+    return options
+
+
+def main() -> None:
+    """Do what the command line says."""
+    options = parser()
+    try:
+        prepare(options.parse_args())
+    except GlueError as error:
+        options.exit(2, f"glue.prepare: {error}\n")
+
+
+if __name__ == "__main__":
+    main()

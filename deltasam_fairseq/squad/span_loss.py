@@ -1,0 +1,52 @@
+"""The loss of a span, in the terms of `deltasam_fairseq.criterions.task_losses`."""
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltasam_fairseq.algorithms import kl, softened_kl, symmetric_kl
+from deltasam_fairseq.criterions.task_losses import at_least_float32
+
+# Logit of what cannot be; finite, so that a divergence of two such is 0 and not NaN.
+_IMPOSSIBLE = -1e30
+
+
+class Span:
+    """Cross-entropy of the first and the last token of an answer, the mean of both.
+
+    Args:
+        targets: positions of both, shape (B, 2).
+        allowed: where they may lie, shape (B, T).
+    """
+
+    def __init__(self, targets: Tensor, allowed: Tensor) -> None:
+        self.targets = targets
+        self.forbidden = ~allowed.unsqueeze(1)
+
+    def scores(self, logits: Tensor) -> Tensor:
+        """Log-probabilities of start and end, shape (B, 2, T), of logits of shape (B, T, 2)."""
+        logits = at_least_float32(logits).transpose(1, 2)
+        return F.log_softmax(logits.masked_fill(self.forbidden, _IMPOSSIBLE), dim=-1)
+
+    def losses(self, scores: Tensor) -> Tensor:
+        """Cross-entropy of every window, shape (B,), in nats."""
+        return -scores.gather(2, self.targets.unsqueeze(2)).mean(dim=(1, 2))
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL, the sum of both directions and the mean of start and end, shape (B,)."""
+        return symmetric_kl(some, others).mean(dim=1)
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, shape (B,)."""
+        return 0.5 * self.divergence(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)``, the mean of start and end, shape (B,)."""
+        return kl(some, others).mean(dim=1)
+
+    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)``, the mean of start and end, shape (B,)."""
+        return softened_kl(teacher, scores, temperature).mean(dim=1)
+
+    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+        """How many of start and end are equal, shape (B,), of two (B, 2)."""
+        return predicted.eq(expected).sum(dim=1).float()

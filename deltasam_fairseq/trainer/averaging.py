@@ -1,0 +1,248 @@
+"""fairseq's Trainer with an average of the weights beside it (--lr-scheduler swa_*).
+
+The schedule says when weights enter the average. Training never sees it: it is in force while
+fairseq validates, and it is the model of every checkpoint that is saved. The weights themselves are
+in the same file, and a resumed run goes on from them.
+"""
+
+import functools
+import logging
+import math
+from typing import Any, Dict, List, Optional
+
+import torch
+from fairseq import checkpoint_utils
+from fairseq.data import iterators
+from fairseq.logging import metrics
+from fairseq.trainer import Trainer
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltasam_fairseq.lr_schedulers import SWAScheduler, check_start
+from deltasam_fairseq.optim import masters_of
+from deltasam_fairseq.trainer.weight_average import WeightAverage, raw_weights
+
+logger = logging.getLogger(__name__)
+
+# Key of a checkpoint's extra state.
+STATE = "deltasam_weight_average"
+
+
+class AveragingTrainer(Trainer):
+    """fairseq's Trainer, which averages weights if the learning-rate schedule says so.
+
+    With any other schedule it is fairseq's, but that it goes on from the weights themselves where
+    a checkpoint holds their average.
+
+    Attributes:
+        weight_average: None with any other schedule.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.weight_average: Optional[WeightAverage] = None
+        self._named: Dict[str, Parameter] = {}
+        self._epoch_itr: Any = None
+        self._seen_update = 0
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        self._named = self._trained_by_name()
+        self.weight_average = None  # fairseq builds anew when it resumes: not two at a time
+        scheduler = self._lr_scheduler
+        if not isinstance(scheduler, SWAScheduler):
+            return
+        scheduler.attended = True
+        cfg = scheduler.cfg
+        self.weight_average = WeightAverage(
+            self._named, cfg.swa_decay, on_cpu=str(cfg.swa_device) == "cpu"
+        )
+        logger.info(scheduler.describe())
+        modules = self.get_model().modules()
+        if any(isinstance(m, torch.nn.modules.batchnorm._BatchNorm) for m in modules):
+            logger.warning(
+                "the model has batch normalisation: its running statistics are those of the "
+                "weights themselves, not of their average; see docs/swa.md"
+            )
+
+    def _trained_by_name(self) -> Dict[str, Parameter]:
+        """What the optimizer trains, the criterion's too; a shared parameter has one name."""
+        named: Dict[Parameter, str] = {}
+        for owner, module in (("model", self.get_model()), ("criterion", self.get_criterion())):
+            for name, p in module.named_parameters():
+                if p.requires_grad:
+                    named.setdefault(p, f"{owner}.{name}")
+        return {name: p for p, name in named.items()}
+
+    def _raw(self) -> Dict[str, Tensor]:
+        """The weights themselves by name, of half-precision ones the masters if there are."""
+        masters = masters_of(self._optimizer) or {}
+        return {name: masters.get(p, p.data) for name, p in self._named.items()}
+
+    # Training
+
+    def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
+        """fairseq's; an update that was made, not skipped, may enter the average."""
+        self._seen_update = self.get_num_updates()
+        stats = super().train_step(samples, raise_oom)
+        average, scheduler, update = self.weight_average, self.lr_scheduler, self.get_num_updates()
+        if average is None or update == self._seen_update:
+            return stats
+        self._seen_update = update  # once, also where fairseq re-enters here
+        epoch = max(getattr(self._epoch_itr, "epoch", 1), 1)
+        end_of_epoch = self._epoch_itr is not None and self._epoch_itr.end_of_epoch()
+        if scheduler.averages(update, epoch, end_of_epoch):
+            if average.n == 0:
+                logger.info(f"averaging of weights begins: update {update}, epoch {epoch}")
+            average.add(self._raw())
+        if scheduler.begun is not None:
+            metrics.log_scalar("swa_start", scheduler.begun, weight=0, priority=311)
+            metrics.log_scalar("swa_n", average.n, weight=0, priority=310)
+        return stats
+
+    def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's; before training it is checked that the run is long enough."""
+        first, self._epoch_itr = (
+            self._epoch_itr is None,
+            super().get_train_iterator(*args, **kwargs),
+        )
+        scheduler = self.lr_scheduler
+        known = type(self._epoch_itr) is iterators.EpochBatchIterator
+        if not (isinstance(scheduler, SWAScheduler) and first and known):
+            return self._epoch_itr
+        if scheduler.begun is None or self.get_num_updates() == 0:  # not resumed in that phase
+            if not self.task.has_sharded_data("train"):
+                cfg = self.cfg.optimization
+                ends = (cfg.max_update or 0, cfg.max_epoch or 0)
+                check_start(scheduler, self._updates_per_epoch(), *ends)
+        return self._epoch_itr
+
+    def _updates_per_epoch(self) -> List[int]:
+        """Numbers of updates in the first epochs, if none is skipped; the last number goes on."""
+        cfg, batches = self.cfg.optimization, len(self._epoch_itr)
+        if getattr(cfg, "skip_remainder_batch", False):
+            # Without the last batch, whether it is full or not, and then in whole groups.
+            return [max(batches - 1, 0) // freq for freq in cfg.update_freq]
+        return [-(-batches // freq) for freq in cfg.update_freq]
+
+    def valid_step(self, *args: Any, **kwargs: Any) -> Any:
+        """fairseq's; the log says of how many weights the validated ones are the average."""
+        if self.weight_average is not None and self.weight_average.is_in_force:
+            metrics.log_scalar("swa_n", self.weight_average.n, weight=0, priority=310)
+        return super().valid_step(*args, **kwargs)
+
+    # Checkpoints
+
+    def state_dict(self) -> Dict[str, Any]:
+        """fairseq's, of the average, and beside it what a resumed run needs."""
+        average = self.weight_average
+        if average is None:
+            return super().state_dict()
+        with average.raw():
+            raw = self._raw()
+        with average.in_force():
+            state = super().state_dict()
+            own = average.put_into(raw, state["model"], state["criterion"])
+        if not self.cfg.checkpoint.no_save_optimizer_state:
+            state["extra_state"][STATE] = own
+        return state
+
+    def load_checkpoint(
+        self,
+        filename: str,
+        reset_optimizer: bool = False,
+        reset_lr_scheduler: bool = False,
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """fairseq's; training goes on from the weights themselves, and so does their average.
+
+        The average is that of the schedule's phase: without the saved schedule it begins anew.
+        """
+        extra_state = super().load_checkpoint(
+            filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
+        )
+        saved = (extra_state or {}).pop(STATE, None)
+        if saved is None or reset_optimizer:
+            return extra_state
+        masters = masters_of(self.optimizer) or {}
+        own = self._named
+        with torch.no_grad():
+            for name, value in raw_weights(saved, own).items():
+                own[name].data.copy_(value)
+                if own[name] in masters:
+                    masters[own[name]].copy_(value)
+        average, scheduler = self.weight_average, self.lr_scheduler
+        if average is not None and not reset_lr_scheduler:
+            average.load_state_dict(saved)
+            logger.info(f"going on with an average of {average.n} weights")
+        elif average is not None and saved["n"]:
+            logger.warning(
+                f"{filename} holds an average of {saved['n']} weights; training goes on from the "
+                "weights themselves and without it, as --reset-lr-scheduler is given: averaging "
+                f"begins anew from {scheduler.start} on"
+            )
+        elif saved["n"]:
+            logger.warning(
+                f"{filename} holds an average of weights; training goes on from the weights "
+                "themselves and without it, as --lr-scheduler is not swa_*. To train on from the "
+                "average instead, give --reset-optimizer or --finetune-from-model"
+            )
+        return extra_state
+
+
+def validates_average(validate: Any) -> Any:
+    """fairseq's validation, of the average; with --swa-validate-both then of the weights too."""
+
+    @functools.wraps(validate)
+    def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: List[str]) -> Any:
+        average = getattr(trainer, "weight_average", None)
+        if average is None or average.n == 0:
+            return validate(cfg, trainer, task, epoch_itr, subsets)
+        with average.in_force():
+            losses = validate(cfg, trainer, task, epoch_itr, subsets)
+        if trainer.lr_scheduler.cfg.swa_validate_both:
+            raw = [f"{subset}_raw" for subset in subsets]
+            task.datasets.update({r: task.dataset(s) for r, s in zip(raw, subsets)})
+            _without_best(validate, cfg, trainer, task, epoch_itr, raw)
+        return losses
+
+    wrapper._deltasam = True  # type: ignore[attr-defined]
+    return wrapper
+
+
+def says_if_nothing_was_averaged(train: Any) -> Any:
+    """fairseq's training of an epoch; where the run ends with it and has no average, it is said."""
+
+    @functools.wraps(train)
+    def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
+        losses, should_stop = train(cfg, trainer, task, epoch_itr)
+        average = getattr(trainer, "weight_average", None)
+        if average is None or average.n > 0:
+            return losses, should_stop
+        scheduler, optimization = trainer.lr_scheduler, cfg.optimization
+        ends = (
+            should_stop
+            or epoch_itr.next_epoch_idx > (optimization.max_epoch or math.inf)
+            or trainer.get_lr() <= optimization.stop_min_lr
+        )
+        if ends:
+            logger.warning(
+                f"nothing was averaged: the run ended after update {trainer.get_num_updates()}, "
+                f"before the first weights entered (--swa-start {scheduler.cfg.swa_start}, that is "
+                f"{scheduler.start}); the checkpoints hold the weights themselves"
+            )
+        return losses, should_stop
+
+    return wrapper
+
+
+def _without_best(validate: Any, *args: Any) -> None:
+    """Validate what has no part in the choice of the best, nor is compared with it in the log."""
+    holder = checkpoint_utils.save_checkpoint
+    best = vars(holder).pop("best", None)
+    try:
+        validate(*args)
+    finally:
+        if best is not None:
+            holder.best = best

@@ -1,0 +1,121 @@
+"""The weights that are perturbed: all that are trained, or those whose name matches a pattern.
+
+Mueller et al. 2023 ("Normalization Layers Are All That Sharpness-Aware Minimization Needs")
+perturb nothing but the normalisation layers. The ascent then needs the gradients of few weights:
+those of all others are not computed, reduced or kept.
+"""
+
+import contextlib
+import re
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+
+import torch
+from fairseq.distributed import utils as distributed_utils
+from torch.nn import Module, Parameter
+
+from deltasam_fairseq.fairseq_patches.fused_layers import copies
+
+# How many names an error shows.
+_SHOWN = 6
+
+
+class PerturbedWeights:
+    """What probe and ascent move.
+
+    Args:
+        modules: model and criterion, out of their wrappers.
+        pattern: regular expression that is searched for in the names of their parameters; None
+            for all weights.
+        recomputes: whether the model computes activations anew in the backward
+            (--checkpoint-activations). Such a part of a model gets no gradients at all where
+            nothing that enters it asks for one, so that no weight may be held still.
+
+    Attributes:
+        trained: all weights that the optimizer trains, but fairseq 0.12's second copies.
+        partial: whether some of them are left out.
+
+    Raises:
+        ValueError: if no name of a trained weight matches.
+    """
+
+    def __init__(
+        self, modules: Sequence[Module], pattern: Optional[str], recomputes: bool = False
+    ) -> None:
+        unread = copies(modules)
+        named = [
+            (name, p)
+            for module in modules
+            for name, p in module.named_parameters()
+            if p.requires_grad and p not in unread
+        ]
+        self.trained: List[Parameter] = list(dict.fromkeys(p for _, p in named))
+        self.partial = pattern is not None
+        self._pattern = pattern
+        self._recomputes = recomputes
+        self._chosen: Dict[Parameter, None] = dict.fromkeys(
+            p for name, p in named if pattern is None or re.search(pattern, name)
+        )
+        if pattern is not None and not self._chosen:
+            raise ValueError(_no_match(pattern, named))
+
+    def parameters(self) -> List[Parameter]:
+        """The weights that are perturbed, in the same order on every process."""
+        return [p for p in self._chosen if p.requires_grad]
+
+    def describe(self) -> str:
+        """How many of how many weights."""
+        some, all_ = (sum(p.numel() for p in ps) for ps in (self._chosen, self.trained))
+        return (
+            f"--sam-only {self._pattern}: {some:,} of {all_:,} weights are perturbed, "
+            f"{len(self._chosen)} of {len(self.trained)} tensors"
+        )
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Within, a backward computes no gradients of other weights, but where it has to.
+
+        Raises:
+            ValueError: if the loss depends on none of the weights that are perturbed.
+        """
+        others = [p for p in self.trained if p not in self._chosen and p.requires_grad]
+        others = [] if self._recomputes else others
+        for p in others:
+            p.requires_grad_(False)
+        try:
+            yield
+        except RuntimeError as e:
+            if not self.partial or "does not require grad" not in str(e):
+                raise
+            raise ValueError(
+                f"--sam-only {self._pattern}: the loss depends on none of the weights that match, "
+                "so there is nothing to climb; choose weights that take part, such as layer_norm"
+            ) from e
+        finally:
+            for p in others:
+                p.requires_grad_(True)
+
+    def average_grads(self, world_size: int, group: Any) -> None:
+        """Average their gradients over ranks, one all-reduce a dtype; none counts as zero.
+
+        What data-parallel wrappers do for the gradients of all weights.
+        """
+        by_dtype: Dict[torch.dtype, List[Parameter]] = {}
+        for p in self.parameters():
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
+            by_dtype.setdefault(p.dtype, []).append(p)
+        for params in by_dtype.values():
+            flat = torch.cat([p.grad.flatten() for p in params if p.grad is not None]) / world_size
+            distributed_utils.all_reduce(flat, group=group)
+            for p, grad in zip(params, flat.split([p.numel() for p in params])):
+                p.grad = grad.view_as(p)
+
+
+def _no_match(pattern: str, named: Sequence[Tuple[str, Parameter]]) -> str:
+    """What to say: some names, of different kinds, from which a pattern can be made."""
+    kinds = {name.rsplit(".", 1)[0].rsplit(".", 1)[-1]: name for name, _ in named}
+    names = list(kinds.values())[-_SHOWN:]
+    return (
+        f"--sam-only {pattern}: no name of a trained weight matches; they are such as "
+        f"{', '.join(names)}; layer_norm perturbs all layer normalisations"
+    )

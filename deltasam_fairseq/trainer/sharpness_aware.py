@@ -1,0 +1,304 @@
+"""The seam into fairseq: an ascent before fairseq's own train step.
+
+    ascent, here            gradient of the (reweighted) batch loss at w, over all micro-batches
+                            of all ranks; w -> w + eps*
+    fairseq's train_step    forward, backward, reduce, clip, checks, all at w + eps*
+    optimizer.step          w + eps* -> w, then the base optimizer's step
+
+Loss scaling, clipping, overflow and NaN handling, EMA of the descent are fairseq's own. This
+module sequences; the ascent is in ``ascent``, the mathematics in ``algorithms``, the weights move
+in ``optim``, the losses come from ``criterions``.
+"""
+
+import logging
+import os
+from typing import Any, Dict, List, Optional, Union
+
+import torch
+from fairseq.logging import metrics
+from fairseq.optim.amp_optimizer import AMPOptimizer
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltasam_fairseq.algorithms import multiplied_in
+from deltasam_fairseq.criterions import RegularisedCriterion
+from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
+from deltasam_fairseq.trainer.ascent import Climber, Prepared, autocast
+from deltasam_fairseq.trainer.averaging import AveragingTrainer
+from deltasam_fairseq.trainer.checkpoint_state import load_run_state, run_state
+from deltasam_fairseq.trainer.metrics import UpdateLog, on_host, without_ascent
+from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
+from deltasam_fairseq.trainer.rng_replay import Replay
+
+logger = logging.getLogger(__name__)
+
+_AMP = (
+    "--amp: fairseq divides gradients by the loss scale twice before any optimizer steps. Adam is "
+    "indifferent to it, but for --adam-eps, which acts like eps times the scale; the steps of sgd "
+    "and the like are smaller by the scale. --fp16 has no such fault (docs/half_precision.md)"
+)
+_AMP_ON_A_CPU = "--amp: fairseq casts on GPUs only; without one this run computes in float32"
+
+
+class SharpnessAwareTrainer(AveragingTrainer):
+    """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
+
+    With any other optimizer an update is fairseq's, untouched; the criterion is told of it if it
+    is one of this package's. Under data parallelism the ascent adds one gradient reduction,
+    delta-SAM one all-reduce of four float64 numbers; every rank computes the same perturbation.
+    All forwards of an update see the same dropout masks.
+    """
+
+    _climber: Climber
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._update_log: Optional[UpdateLog] = None
+        self._ran_out_of_memory = False
+        self._last_update = 0
+        self._finite_probes: Optional[Tensor] = None
+        criterion = self.get_criterion()
+        if isinstance(criterion, RegularisedCriterion):
+            criterion.before_training()
+
+    def _build_optimizer(self) -> None:
+        super()._build_optimizer()
+        modules = (self.get_model(), self.get_criterion())
+        sam = sharpness_aware(self._optimizer)
+        recomputes = getattr(self.cfg.model, "checkpoint_activations", False)
+        weights = PerturbedWeights(modules, None if sam is None else sam.only, recomputes)
+        self._trained = weights.trained
+        if sam is not None:
+            sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
+            self._climber = Climber(self, sam, weights)
+            logger.info(sam.describe())
+            if isinstance(self._optimizer, AMPOptimizer):
+                logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
+            if weights.partial:
+                logger.info(weights.describe())
+
+    @metrics.aggregate("train")
+    def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
+        """One update; the arguments and the result are fairseq's."""
+        sam, criterion = sharpness_aware(self.optimizer), self.get_criterion()
+        if not isinstance(criterion, RegularisedCriterion):
+            return self._update(sam, samples, raise_oom)
+        self._last_update = self.get_num_updates()
+        scale = self._loss_scale() if criterion.regulariser.INNER_BACKWARD else 1.0
+        criterion.before_update(self.get_model(), self._float32_weights, self._last_update, scale)
+        stats = self._update(sam, samples, raise_oom)
+        if self.get_num_updates() > self._last_update:  # once, also where fairseq re-enters here
+            self._last_update = self.get_num_updates()
+            criterion.after_update(self._float32_weights)
+        return stats
+
+    def _update(
+        self, sam: Optional[SharpnessAwareOptimizer], samples: List[Any], raise_oom: bool
+    ) -> Any:
+        """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
+        if sam is None:
+            return self._fairseqs_step(samples, raise_oom)
+        if self._update_log is not None:
+            # fairseq's step overflowed under AMP and enters here anew, the weights perturbed.
+            self._count_overflow(self._update_log)
+        sam.restore()
+        if not sam.active(self.get_num_updates()):
+            sam.skip_ascent()
+            without_ascent()
+            return self._fairseqs_step(samples, raise_oom)
+
+        prepared = [self._prepare_sample(sample) for sample in samples]
+        replay = Replay(
+            self._set_seed,
+            host=not self._loads_data_in_a_thread(),
+            buffers=[*self.get_model().buffers(), *self.get_criterion().buffers()],
+        )
+        try:
+            metrics.log_start_time("train_wall", priority=800, round=0)
+            climbed = self._try_to_climb(prepared, replay, raise_oom)
+            metrics.log_stop_time("train_wall")
+            if not climbed:
+                return None
+            replay()
+            # What is on the device already passes through fairseq's preparation as it is; a
+            # missing micro-batch has to arrive missing to be recognised as a dummy.
+            ready = [raw if dummy else on for raw, (on, dummy) in zip(samples, prepared)]
+            return self._descend(ready, raise_oom)
+        finally:
+            sam.restore()
+            self._update_log = None
+
+    def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
+        """fairseq's own train_step, counting the updates that it skips for an overflow."""
+        updates, log = self.get_num_updates(), self._update_log
+        self._ran_out_of_memory = False
+        stats = self._fairseqs_step(samples, raise_oom)
+        scales = getattr(self.optimizer, "scaler", None) is not None
+        skipped = stats is None and self.get_num_updates() == updates
+        retried = self._update_log is not log  # an AMP retry is an update of its own
+        if skipped and scales and not self._ran_out_of_memory and not retried:
+            self._count_overflow(log)
+        return stats
+
+    def _count_overflow(self, log: Optional[UpdateLog]) -> None:
+        where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
+        metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
+
+    def _fairseqs_step(self, samples: List[Any], raise_oom: bool) -> Any:
+        """fairseq's own train_step, which on a CPU too skips an update that overflows."""
+        try:
+            return super().train_step(samples, raise_oom)
+        except (AssertionError, RuntimeError) as e:
+            # Handling an overflow, fairseq puts a number on the GPU that a CPU run has not.
+            if self.cuda or not isinstance(e.__context__, OverflowError):
+                raise
+            self.zero_grad()
+            metrics.log_scalar("loss_scale", self._loss_scale(), priority=700, round=4, weight=0)
+            metrics.log_stop_time("train_wall")
+            return None
+
+    def _log_oom(self, exc: Any) -> None:
+        self._ran_out_of_memory = True
+        super()._log_oom(exc)
+
+    # What fairseq's train_step does around forward and backward
+
+    def _try_to_climb(self, samples: List[Prepared], replay: Replay, raise_oom: bool) -> bool:
+        """Climb; on errors do what fairseq's train_step does on errors in forward and backward.
+
+        Returns:
+            whether the weights are at ``w + eps*``; False if the batch is to be skipped.
+        """
+        try:
+            with torch.autograd.profiler.record_function("sam-ascent"):
+                self._update_log = self._climber.climb(samples, replay, self._unread_loss_scale())
+        except RuntimeError as e:
+            if "out of memory" not in str(e):
+                raise
+            self._log_oom(e)
+            if raise_oom or self.data_parallel_world_size > 1:
+                raise
+            logger.warning("attempting to recover from OOM in the ascent by skipping the batch")
+            self.zero_grad()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            return False
+        except Exception:
+            self.consolidate_optimizer()
+            self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
+            raise
+        return True
+
+    def _trainable(self) -> List[Parameter]:
+        """All weights that the optimizer trains, the criterion's too."""
+        return [p for p in self._trained if p.requires_grad]
+
+    def _loads_data_in_a_thread(self) -> bool:
+        dataset = self.cfg.dataset
+        return dataset.num_workers == 0 and dataset.data_buffer_size > 0
+
+    def _compute_dtype(self) -> torch.dtype:
+        """What the forward multiplies weights in."""
+        with autocast(self.cfg):
+            return multiplied_in(self._trainable()[0])
+
+    def _loss_scale(self) -> float:
+        """What `optimizer.backward` multiplies the loss by."""
+        scaler = getattr(self.optimizer, "scaler", None)
+        if scaler is None:
+            return 1.0
+        return scaler.get_scale() if self.cfg.common.amp else scaler.loss_scale
+
+    def _unread_loss_scale(self) -> Union[float, Tensor]:
+        """The same; --amp keeps it on the device, which is not waited for."""
+        if self.cfg.common.amp:
+            return self.optimizer.scaler.scale(torch.ones((), device=self.device))
+        return self._loss_scale()
+
+    def _float32_weights(self) -> Dict[str, Tensor]:
+        """The model's weights by name, of half-precision ones the float32 masters if there are."""
+        masters = masters_of(self._optimizer) or {}
+        return {n: masters.get(p, p.data) for n, p in self.get_model().named_parameters()}
+
+    # Checkpoints and logs
+
+    def state_dict(self) -> Dict[str, Any]:
+        """fairseq's, of the unperturbed weights at any moment: crash.pt is saved inside a step.
+
+        The step then goes on where it was, so that fairseq's NanDetector meets what broke it;
+        unless the ascent itself was not finite, for then the culprit is to be seen at ``w``.
+        """
+        sam = sharpness_aware(self.optimizer)
+        if sam is None:
+            state = super().state_dict()
+        else:
+            log, moved = self._update_log, sam.weights.moved
+            if log is not None and not torch.isfinite(log.ascent_gnorm):
+                sam.weights.restore()
+            with sam.weights.suspended():
+                state = super().state_dict()
+                if moved:  # what moves on must not move what is being saved
+                    state["model"] = {k: v.clone() for k, v in state["model"].items()}
+        state["extra_state"].update(run_state(self))
+        return state
+
+    def load_checkpoint(
+        self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """fairseq's, and what else a resumed run needs to go on as it would have."""
+        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        if not reset_optimizer:
+            load_run_state(self, extra_state or {})
+        return extra_state
+
+    def _aggregate_logging_outputs(
+        self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
+    ) -> Any:
+        log = self._update_log
+        if log is not None:
+            # fairseq looks at the last micro-batch alone: with a dummy there it forgets this
+            # rank's other ones, and the gradient of all is divided by too few sentences.
+            counted, *others = extra_stats_to_sum
+            extra_stats_to_sum = (log.sample_size(logging_outputs, counted), *others)
+            logging_outputs = log.merge(logging_outputs)
+            ignore = log.only_dummies()
+        return super()._aggregate_logging_outputs(
+            logging_outputs, *extra_stats_to_sum, ignore=ignore
+        )
+
+    def _reduce_and_log_stats(
+        self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None
+    ) -> Any:
+        log = self._update_log
+        if log is None:
+            return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
+        if not self._sync_stats():
+            logging_outputs = log.merge(logging_outputs)
+        # Logging reads some of them many times over.
+        logging_outputs, sample_size = on_host([logging_outputs, sample_size])
+        clean, perturbed, sums = log.split(logging_outputs)
+        stats = super()._reduce_and_log_stats(clean, sample_size, grad_norm)
+        with torch.autograd.profiler.record_function("sam-log"):
+            log.report(self.task, self.get_criterion(), clean, perturbed, sums, sample_size)
+        self._warn_of_probes(log)
+        return stats
+
+    def _warn_of_probes(self, log: UpdateLog) -> None:
+        """Say it once where a probe's loss was not finite.
+
+        To look is to wait for the device, so that it is done with the log, not every update.
+        """
+        finite = log.finite()
+        if finite is None or "delta_sam_finite" in self._warn_once:
+            return
+        self._finite_probes = (
+            finite if self._finite_probes is None else self._finite_probes & finite
+        )
+        if self.get_num_updates() % self.cfg.common.log_interval:
+            return
+        if not self._finite_probes:
+            self._warn_once.add("delta_sam_finite")
+            logger.warning(
+                "delta-SAM: the loss of a sentence is not finite at the probe; the weights of "
+                "such an update are uniform (plain SAM). Counted as delta_sam_uniform, warned once"
+            )

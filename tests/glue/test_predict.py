@@ -1,0 +1,145 @@
+"""glue.predict: ids kept, labels as GLUE names them, scores on the task's scale."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from fairseq import checkpoint_utils
+
+from tests.helpers import runs, tiny
+
+ROOT = Path(__file__).parents[2]
+
+LABELS = ["not_entailment", "entailment"]
+
+
+def prepared(folder, task, regression):
+    """Data as glue.prepare leaves it, with a test split of 11 sentences of mixed length."""
+    data = tiny.write_classification(folder, names=LABELS)
+    rows = [row + [2] for row in tiny.sentences(11, seed=5)]
+    splits = {"train": {}, "valid": {}, "test": {}}
+    for split in ("test", "test1") if task == "MNLI" else ("test",):
+        tiny._write(data / "input0" / split, rows)
+        (data / "id").mkdir(exist_ok=True)
+        (data / "id" / f"{split}.txt").write_text("".join(f"{i * 10}\n" for i in range(11)))
+        splits[split] = {}
+    record = {"task": task, "labels": [] if regression else LABELS, "splits": splits}
+    record.update(scale=5.0 if regression else None, bpe={"sha256": {"dict": "d1"}})
+    (data / "task.json").write_text(json.dumps(record))
+    return data, rows
+
+
+def trained(data, save_dir, *more, seed="3"):
+    more = ["--max-update", "2", "--seed", seed, *more]
+    return runs.train(data, save_dir, *more, criterion="plain").save_dir / "checkpoint_last.pt"
+
+
+def predict(*argv, code=0):
+    command = [sys.executable, "-m", "deltasam_fairseq.glue.predict", *map(str, argv)]
+    result = subprocess.run(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
+    )
+    assert result.returncode == code, result.stderr
+    return result.stderr
+
+
+def outputs_of(path, rows):
+    """Each sentence alone through the model."""
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([str(path)])
+    model.eval()
+    kwargs = {"features_only": True, "classification_head_name": "sentence_classification_head"}
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([[0, *row]]), **kwargs)[0] for row in rows])
+
+
+def lines_of(path):
+    header, *lines = path.read_text().splitlines()
+    assert header == "index\tprediction"
+    return [tuple(line.split("\t")) for line in lines]
+
+
+def test_classes(tmp_path):
+    data, rows = prepared(tmp_path / "data", "RTE", regression=False)
+    path = trained(data, tmp_path / "run", "--lr", "0.1")
+    predict("--data", data, "--path", path, "--out", tmp_path / "out", "--batch-size", "4")
+    expected = [LABELS[i] for i in outputs_of(path, rows).argmax(1)]
+    assert lines_of(tmp_path / "out" / "RTE.tsv") == [
+        (str(10 * i), label) for i, label in enumerate(expected)
+    ]
+
+
+def test_scores_are_scaled_once_and_not_negative(tmp_path):
+    data, rows = prepared(tmp_path / "data", "STS-B", regression=True)
+    path = trained(data, tmp_path / "run", "--regression-target", "--num-classes", "1")
+    predict("--data", data, "--path", path, "--out", tmp_path / "out")
+    expected = (5 * outputs_of(path, rows).view(-1)).clamp(min=0)
+    found = torch.tensor([float(x) for _, x in lines_of(tmp_path / "out" / "STS-B.tsv")])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-3)
+
+
+def test_range_of_scores(monkeypatch):
+    """STS-B's is known, that of a task of the user's is not."""
+    from deltasam_fairseq.glue import predict as predict_glue
+
+    rows = torch.tensor([[1.03], [-0.5], [0.25]])
+    scores = {
+        task: predict_glue.answers({"task": task, "scale": 5.0}, None, rows)
+        for task in ("STS-B", "mood")
+    }
+    assert scores["STS-B"] == ["5.000", "0.000", "1.250"]
+    assert scores["mood"] == ["5.150", "-2.500", "1.250"]
+
+
+def test_labels_in_another_order_are_refused(tmp_path):
+    """fairseq's own preparation sorts labels by how often they are."""
+    data, _ = prepared(tmp_path / "data", "RTE", regression=False)
+    path = trained(data, tmp_path / "run")
+    (data / "task.json").unlink()
+    other, _ = prepared(tmp_path / "other", "RTE", regression=False)
+    record = json.loads((other / "task.json").read_text())
+    (other / "task.json").write_text(json.dumps({**record, "labels": LABELS[::-1]}))
+    message = predict("--data", other, "--path", path, "--out", tmp_path / "out", code=2)
+    assert f"trained with the labels {' '.join(LABELS)} in this order" in message
+
+
+def test_several_checkpoints_and_both_parts_of_mnli(tmp_path):
+    data, rows = prepared(tmp_path / "data", "MNLI", regression=False)
+    paths = [trained(data, tmp_path / seed, "--lr", "0.1", seed=seed) for seed in ("3", "4")]
+    predict("--data", data, "--path", *paths, "--out", tmp_path / "out")
+    mean = sum(outputs_of(path, rows).softmax(1) for path in paths)
+    for name in ("MNLI-m", "MNLI-mm"):
+        found = [label for _, label in lines_of(tmp_path / "out" / f"{name}.tsv")]
+        assert found == [LABELS[i] for i in mean.argmax(1)]
+
+
+def test_errors(tmp_path):
+    data, _ = prepared(tmp_path / "data", "RTE", regression=False)
+    path = trained(data, tmp_path / "run")
+    out = ["--out", tmp_path / "out"]
+    assert "no such file" in predict("--data", data, "--path", "/no/such.pt", *out, code=2)
+    assert "task.json" in predict("--data", tmp_path, "--path", path, *out, code=2)
+    record = json.loads((data / "task.json").read_text())
+    (data / "task.json").write_text(json.dumps({**record, "labels": ["0", "1"]}))
+    message = predict("--data", data, "--path", path, *out, code=2)
+    assert "not_entailment" in message and "0" in message
+    other, _ = prepared(tmp_path / "other", "CoLA", regression=False)
+    (data / "task.json").write_text(json.dumps(record))
+    message = predict("--data", other, "--path", path, *out, code=2)
+    assert "trained on RTE" in message and "CoLA" in message
+    scores, _ = prepared(tmp_path / "scores", "RTE", regression=True)
+    message = predict("--data", scores, "--path", path, *out, code=2)
+    assert "trained for 2 classes, the data has scores" in message
+    same = prepared(tmp_path / "same", "RTE", regression=False)[0] / "task.json"
+    same.write_text(json.dumps({**record, "bpe": {"sha256": {"dict": "d2"}}}))
+    assert "another BPE" in predict("--data", same.parent, "--path", path, *out, code=2)
+    (data / "task.json").write_text(json.dumps({**record, "splits": {"train": {}}}))
+    assert "test.tsv" in predict("--data", data, "--path", path, *out, code=2)
+    assert not (tmp_path / "out" / "RTE.tsv").exists()
+
+
+@pytest.fixture(autouse=True)
+def plugin_on_the_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))

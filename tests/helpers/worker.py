@@ -1,0 +1,106 @@
+"""One rank of a process group that makes prescribed runs; writes what it saw.
+
+    python worker.py SPEC.json RANK
+
+The specification: ``world_size``, ``port`` and ``runs``, each with ``argv`` of fairseq-train,
+``dtype``, ``out`` (prefix of the file that is written) and ``updates``: for each update, for each
+rank, for each micro-batch a list of sentence numbers; an empty list is a micro-batch that the
+rank does not have. With ``same_noise`` criterions draw noise that depends on the sentence only.
+"""
+
+import json
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+from fairseq.distributed import utils as distributed_utils
+
+from deltasam_fairseq.optim import sharpness_aware
+from tests.helpers import same_noise, tiny
+from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
+from tests.helpers.parameter_criterion import ParameterCriterion  # noqa: F401
+
+COLLECTIVES = "all_reduce all_gather broadcast reduce_scatter barrier".split()
+
+
+def record(trainer, seen):
+    """Have the trainer note g'_j and eps* as they come about."""
+    sam = sharpness_aware(trainer.optimizer)
+    if sam is None:
+        return
+    climber = trainer._climber
+    reweight, ascend = climber._reweight, sam.ascend
+
+    def recording_reweight(*args):
+        found = reweight(*args)
+        seen["weights"].append(found.weights.clone())
+        return found
+
+    def recording_ascend(params, *args):
+        before = [p.data.clone() for p in params]
+        ascent = ascend(params, *args)
+        moved = [p.data - b for p, b in zip(params, before)]
+        seen["eps"].append(torch.cat([m.flatten() for m in moved]))
+        return ascent
+
+    climber._reweight, sam.ascend = recording_reweight, recording_ascend
+
+
+def count_collectives(counts):
+    """Note name and bytes of every collective that is called through torch.distributed."""
+    for name in COLLECTIVES:
+        original = getattr(dist, name)
+
+        def counting(*args, _original=original, _name=name, **kwargs):
+            size = sum(a.numel() * a.element_size() for a in args if torch.is_tensor(a))
+            counts.append((_name, size))
+            return _original(*args, **kwargs)
+
+        setattr(dist, name, counting)
+
+
+def run(spec, rank, world_size, port, counts):
+    argv = spec["argv"] + ["--distributed-world-size", str(world_size)]
+    if world_size > 1:
+        argv += ["--distributed-rank", str(rank), "--distributed-no-spawn"]
+        argv += ["--distributed-init-method", f"tcp://127.0.0.1:{port}"]
+        argv += ["--distributed-backend", "gloo"]
+    init = distributed_utils.distributed_init if world_size > 1 else None
+    trainer = tiny.build_trainer(argv, dtype=getattr(torch, spec["dtype"]), before=init)
+    seen = {"weights": [], "eps": [], "logs": [], "collectives": []}
+    record(trainer, seen)
+    tiny.batches(trainer)
+    dataset = trainer.task.dataset("train")
+    _ = trainer.model, trainer.criterion, trainer.optimizer  # wrapped and built before counting
+    for update in spec["updates"]:
+        samples = [
+            dataset.collater([dataset[i] for i in ids]) if ids else {} for ids in update[rank]
+        ]
+        counts.clear()
+        log = trainer.train_step(samples)
+        seen["collectives"].append(list(counts))
+        seen["logs"].append({k: float(v) for k, v in log.items()})
+    seen["parameters"] = torch.cat([p.data.flatten() for p in trainer._trainable()])
+    if trainer.weight_average is not None:
+        seen["average"] = trainer.weight_average.averages
+    torch.save(seen, f"{spec['out']}.{rank}.pt")
+
+
+def main():
+    with open(sys.argv[1]) as f:
+        spec = json.load(f)
+    counts = []
+    count_collectives(counts)
+    if spec["runs"][0].get("same_noise"):
+        same_noise.use()
+    for each in spec["runs"]:
+        run(each, int(sys.argv[2]), spec["world_size"], spec["port"], counts)
+
+
+if __name__ == "__main__":
+    main()
+    if dist.is_initialized():
+        dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # a thread of gloo or of fairseq's data buffer may abort an orderly exit
