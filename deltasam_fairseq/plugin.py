@@ -21,7 +21,7 @@ from deltasam_fairseq.fairseq_patches import fault_tolerance as failures
 from deltasam_fairseq.fairseq_patches import fp16_on_cpu as flat_masters
 from deltasam_fairseq.lr_schedulers import SWAConfig, SWAScheduler
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
-from deltasam_fairseq.trainer.averaging import says_if_nothing_was_averaged, validates_average
+from deltasam_fairseq.trainer.averaging import validate_average, warn_if_never_averaged
 from deltasam_fairseq.trainer.sharpness_aware import SharpnessAwareTrainer
 
 
@@ -143,9 +143,9 @@ def install() -> None:
         if not hasattr(program.add_defaults, "_deltasam"):
             program.add_defaults = _checked_defaults(program.add_defaults)
         if not hasattr(program.validate, "_deltasam"):
-            program.validate = validates_average(program.validate)
+            program.validate = validate_average(program.validate)
         if not hasattr(program.train, "_deltasam"):
-            program.train = says_if_nothing_was_averaged(program.train)  # marked by the next line
+            program.train = warn_if_never_averaged(program.train)  # marked by the next line
         failures.explain_lost_ranks(program)
     if not hasattr(options.parse_args_and_arch, "_deltasam"):
         options.parse_args_and_arch = _checked_parse(options.parse_args_and_arch)

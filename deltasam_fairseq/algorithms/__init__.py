@@ -45,7 +45,7 @@ from deltasam_fairseq.algorithms.rounding import (
     unit_roundoff,
 )
 from deltasam_fairseq.algorithms.sam import (
-    Ascent,
+    Perturbation,
     asam_ascent_,
     global_norm,
     move_along_,
@@ -58,7 +58,7 @@ __all__ = [
     "ROUNDING",
     "SENTENCES",
     "STRATEGIES",
-    "Ascent",
+    "Perturbation",
     "Kernels",
     "Reweighting",
     "StochasticRounding",

@@ -16,7 +16,7 @@ from deltasam_fairseq.algorithms.rounding import StochasticRounding
 _PIECE = 1 << 20
 
 
-class Ascent(NamedTuple):
+class Perturbation(NamedTuple):
     """What an ascent found.
 
     Attributes:
@@ -82,7 +82,7 @@ def move_along_(
         rounding: default: to nearest.
 
     Returns:
-        share of the movement that ``rounding`` left along its direction, see `Ascent`.
+        share of the movement that ``rounding`` left along its direction, see `Perturbation`.
     """
     if rounding is not None:
         return rounding.move_(out, weights, direction, scale)
@@ -110,7 +110,7 @@ def sam_ascent_(
     grads: Sequence[Tensor],
     rho: float,
     rounding: Optional[StochasticRounding] = None,
-) -> Ascent:
+) -> Perturbation:
     """Weights at the SAM perturbation.
 
     ``out = w + eps*``,  ``eps* = rho g / ||g||_2``
@@ -124,12 +124,12 @@ def sam_ascent_(
         rounding: see `move_along_`.
 
     Returns:
-        an `Ascent`. A zero gradient perturbs nothing; a gradient that is not finite makes all
+        a `Perturbation`. A zero gradient perturbs nothing; a gradient that is not finite makes all
         of ``out`` NaN.
     """
     norm = global_norm(grads)
     realised = move_along_(out, weights, grads, _radius_over_norm(rho, norm), rounding)
-    return Ascent(norm, realised)
+    return Perturbation(norm, realised)
 
 
 def asam_ascent_(
@@ -139,7 +139,7 @@ def asam_ascent_(
     rho: float,
     eta: float,
     rounding: Optional[StochasticRounding] = None,
-) -> Ascent:
+) -> Perturbation:
     """Weights at the adaptive (elementwise, scale-invariant) SAM perturbation.
 
     ``out = w + rho T^2 g / ||T g||_2``,  ``T = diag(|w| + eta)``
@@ -156,7 +156,7 @@ def asam_ascent_(
         rounding: see `move_along_`.
 
     Returns:
-        an `Ascent`; degenerate gradients as in `sam_ascent_`.
+        a `Perturbation`; degenerate gradients as in `sam_ascent_`.
     """
 
     def t(w: Tensor) -> Tensor:
@@ -165,4 +165,4 @@ def asam_ascent_(
     norm = global_norm(t(w) * g for w, g in zip(weights, grads))
     direction = (t(w).square_() * g for w, g in zip(weights, grads))
     realised = move_along_(out, weights, direction, _radius_over_norm(rho, norm), rounding)
-    return Ascent(norm, realised)
+    return Perturbation(norm, realised)

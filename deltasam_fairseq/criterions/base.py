@@ -10,7 +10,8 @@ A regulariser with backward passes of its own (the inner steps of FreeLB, SMART 
 with ``torch.autograd.grad`` inside the forward, on the model out of its data-parallel wrapper:
 nothing lands in ``Parameter.grad`` before the one backward that fairseq calls, so accumulation,
 gradient reduction, loss scaling and dummy batches are fairseq's own. Gradients of weights that
-such an inner pass has already made (FreeLB) are handed over in that backward, see `Spent`.
+such an inner pass has already made (FreeLB) are added in that backward, see
+`PrecomputedGrads`.
 """
 
 from typing import Any, Callable, ClassVar, Dict, List, NamedTuple, Optional, Sequence, Tuple, Type
@@ -27,7 +28,7 @@ from deltasam_fairseq.criterions.options import check_options
 Weights = Callable[[], Dict[str, Tensor]]
 
 
-class Spent(NamedTuple):
+class PrecomputedGrads(NamedTuple):
     """Gradients of a part of the loss whose graph is gone.
 
     Attributes:
@@ -49,13 +50,13 @@ class RegularisedLosses(NamedTuple):
         losses: loss of every sentence, regulariser included, shape (B,).
         scores: of the clean forward, for accuracy and the like.
         terms: figures for the log, one a sentence each, shape (B,).
-        spent: gradients that belong to the sum of the losses but not to their graph.
+        precomputed: gradients that belong to the sum of the losses but not to their graph.
     """
 
     losses: Tensor
     scores: Tensor
     terms: Dict[str, Tensor]
-    spent: Optional[Spent] = None
+    precomputed: Optional[PrecomputedGrads] = None
 
 
 def plain_losses(batch: Batch) -> RegularisedLosses:
@@ -64,18 +65,18 @@ def plain_losses(batch: Batch) -> RegularisedLosses:
     return RegularisedLosses(batch.objective.losses(scores), scores, {})
 
 
-class _WithSpentGradients(torch.autograd.Function):
+class _AddPrecomputedGrads(torch.autograd.Function):
     """The loss, whose backward adds gradients that are there already."""
 
     @staticmethod
-    def forward(ctx: Any, loss: Tensor, spent: Spent, *weights: Tensor) -> Tensor:
-        ctx.spent = spent
+    def forward(ctx: Any, loss: Tensor, precomputed: PrecomputedGrads, *weights: Tensor) -> Tensor:
+        ctx.precomputed = precomputed
         return loss.clone()  # fairseq multiplies the loss of a dummy batch by 0, in place
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> Tuple[Optional[Tensor], ...]:
-        ratio = grad_output / ctx.spent.scale
-        return (grad_output, None, *(g * ratio.to(g.dtype) for g in ctx.spent.grads))
+        ratio = grad_output / ctx.precomputed.scale
+        return (grad_output, None, *(g * ratio.to(g.dtype) for g in ctx.precomputed.grads))
 
 
 class Regulariser:
@@ -201,8 +202,8 @@ class RegularisedCriterion:
         if not reduce:
             return result.losses, sample_size, logging_output
         loss = result.losses.sum()
-        if result.spent is not None:
-            loss = _WithSpentGradients.apply(loss, result.spent, *result.spent.weights)
+        if result.precomputed is not None:
+            loss = _AddPrecomputedGrads.apply(loss, result.precomputed, *result.precomputed.weights)
         return loss, sample_size, logging_output
 
     def per_sentence_losses(

@@ -112,7 +112,7 @@ class Distill(Regulariser):
             )
         taught, scores, objective = self.teacher.scores(batch), batch.scores(), batch.objective
         hard = objective.losses(scores)
-        soft = objective.soft_losses(taught, scores, self.temperature)
+        soft = objective.distillation_losses(taught, scores, self.temperature)
         terms = {
             "distill_hard": hard,
             "distill_soft": soft,
@@ -128,9 +128,9 @@ def _hits(objective: Objective, taught: Tensor, scores: Tensor) -> Dict[str, Ten
         return {}
     predicted = taught.argmax(dim=-1)
     return {
-        _PREDICTIONS: objective.hits(predicted, predicted),
-        "distill_teacher_accuracy": objective.hits(predicted, objective.targets),
-        "distill_agreement": objective.hits(predicted, scores.argmax(dim=-1)),
+        _PREDICTIONS: objective.num_correct(predicted, predicted),
+        "distill_teacher_accuracy": objective.num_correct(predicted, objective.targets),
+        "distill_agreement": objective.num_correct(predicted, scores.argmax(dim=-1)),
     }
 
 

@@ -20,9 +20,9 @@ from torch import Tensor
 
 from deltasam_fairseq.algorithms import freelb_start, normalised, project, sentence_norm
 from deltasam_fairseq.criterions.base import (
+    PrecomputedGrads,
     RegularisedLosses,
     Regulariser,
-    Spent,
     plain_losses,
     trainable,
 )
@@ -89,7 +89,7 @@ class FreeLB(Regulariser):
             return plain_losses(batch)
         keep_graph = torch.is_grad_enabled() and not sum_only
         weights = trainable(batch.model) if sum_only else []
-        spent: Dict[Tensor, Tensor] = {}
+        precomputed: Dict[Tensor, Tensor] = {}
         losses: List[Tensor] = []
         mask, zeros = batch.mask, batch.zeros()
         delta = freelb_start(mask, zeros.size(-1), self.init_mag, self.norm, zeros.dtype)
@@ -102,7 +102,7 @@ class FreeLB(Regulariser):
                 climb, *grads = batch.gradient(step_losses, delta, weights, keep_graph)
             for w, grad in zip(weights, grads):
                 if grad is not None:  # not in place: autograd may return one tensor twice
-                    spent[w] = spent[w] + grad if w in spent else grad
+                    precomputed[w] = precomputed[w] + grad if w in precomputed else grad
             losses.append(step_losses if keep_graph else step_losses.detach())
             delta = self._climbed(delta.detach(), climb)
         masks()
@@ -112,7 +112,9 @@ class FreeLB(Regulariser):
             torch.stack(losses).sum(dim=0),
             scores,
             {"adv_norm": sentence_norm(delta, self.norm).view(-1)},
-            Spent(list(spent), list(spent.values()), batch.loss_scale) if spent else None,
+            PrecomputedGrads(list(precomputed), list(precomputed.values()), batch.loss_scale)
+            if precomputed
+            else None,
         )
 
     def _climbed(self, delta: Tensor, gradient: Tensor) -> Tensor:

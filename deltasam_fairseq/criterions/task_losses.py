@@ -43,7 +43,7 @@ class Objective(Protocol):
     def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """Return ``KL(some || others)`` of every sentence, shape (B,)."""
 
-    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """Return the distillation loss of every sentence, shape (B,)."""
 
 
@@ -51,7 +51,7 @@ class Objective(Protocol):
 class ClassObjective(Objective, Protocol):
     """The same where what is predicted is right or wrong."""
 
-    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+    def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Return how many predictions of every sentence are right, shape (B,)."""
 
 
@@ -85,11 +85,11 @@ class Classification:
         """``KL(some || others)`` of every sentence, shape (B,)."""
         return kl(some, others)
 
-    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """``T^2 KL(teacher_T || scores_T)`` of every sentence, shape (B,)."""
         return softened_kl(teacher, scores, temperature)
 
-    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+    def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Whether two class numbers are equal, 0 or 1, shape (B,)."""
         return predicted.eq(expected).float()
 
@@ -119,7 +119,7 @@ class Regression:
     mean_divergence = divergence
     directed_divergence = divergence
 
-    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """Squared difference, shape (B,); a temperature has no meaning here."""
         return self.divergence(teacher, scores)
 
@@ -173,11 +173,11 @@ class LabelSmoothedTokens:
         """``KL(some || others)``, summed over tokens, shape (B,)."""
         return kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
 
-    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """``T^2 KL(teacher_T || scores_T)``, summed over tokens, shape (B,)."""
         divergences = softened_kl(teacher, scores, temperature)
         return divergences.masked_fill(self.padding, 0.0).sum(dim=1)
 
-    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+    def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Number of a sentence's tokens that are equal, shape (B,), of two (B, T)."""
         return predicted.eq(expected).masked_fill(self.padding, False).sum(dim=1).float()

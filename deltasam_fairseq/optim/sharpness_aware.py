@@ -11,7 +11,7 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import (
     ROUNDING,
-    Ascent,
+    Perturbation,
     StochasticRounding,
     asam_ascent_,
     directions,
@@ -211,7 +211,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             self.weights.move(params, write)
         return radius
 
-    def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Ascent:
+    def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Perturbation:
         """Move the weights to ``w + eps*`` along the gradients that they hold, reduced already.
 
         A parameter without gradient stays where it is. In half precision the step is taken
@@ -222,7 +222,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             seed, update: what the rounding depends on.
 
         Returns:
-            an `Ascent`, its norm in the units of the gradients that were found.
+            a `Perturbation`, its norm in the units of the gradients that were found.
         """
         found = [(p, p.grad) for p in params if p.grad is not None]
         climbing = [p for p, _ in found]
@@ -236,7 +236,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             rounding = StochasticRounding(self.half_dtype, generator, kernels)
 
         @torch.no_grad()
-        def write(out: List[Tensor]) -> Ascent:
+        def write(out: List[Tensor]) -> Perturbation:
             if self.eta is None:
                 return sam_ascent_(out, values, grads, self.rho, rounding)
             return asam_ascent_(out, values, grads, self.rho, self.eta, rounding)
@@ -318,7 +318,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             if [m.shape for m in masters] == [p.shape for p in own]:
                 for p, master in zip(own, masters):
                     p.data.copy_(master)
-                self.weights.follow()
+                self.weights.sync_masters()
 
     def backward(self, loss: Tensor) -> None:
         self.base.backward(loss)

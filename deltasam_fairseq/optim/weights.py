@@ -128,7 +128,7 @@ class OverwrittenWeights:
             p.data.copy_(self._masters[p].data)
         self._parameters = []
 
-    def follow(self) -> None:
+    def sync_masters(self) -> None:
         """Let the float32 copy have the weights' own values where it does not round to them.
 
         For copies from a checkpoint whose model was changed since, by averaging for example.

@@ -43,10 +43,10 @@ class Span:
         """``KL(some || others)``, the mean of start and end, shape (B,)."""
         return kl(some, others).mean(dim=1)
 
-    def soft_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """``T^2 KL(teacher_T || scores_T)``, the mean of start and end, shape (B,)."""
         return softened_kl(teacher, scores, temperature).mean(dim=1)
 
-    def hits(self, predicted: Tensor, expected: Tensor) -> Tensor:
+    def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """How many of start and end are equal, shape (B,), of two (B, 2)."""
         return predicted.eq(expected).sum(dim=1).float()

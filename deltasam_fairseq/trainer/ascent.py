@@ -27,10 +27,10 @@ from deltasam_fairseq.algorithms import (
 )
 from deltasam_fairseq.criterions import PerSentence, per_sentence_losses, require_same_sum
 from deltasam_fairseq.optim import SharpnessAwareOptimizer
-from deltasam_fairseq.trainer.gradient_sync import Reduction
-from deltasam_fairseq.trainer.metrics import UpdateLog
+from deltasam_fairseq.trainer.gradient_sync import GradientSync
+from deltasam_fairseq.trainer.metrics import StepMetrics
 from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
-from deltasam_fairseq.trainer.rng_replay import Replay
+from deltasam_fairseq.trainer.rng_replay import RngReplay
 from deltasam_fairseq.trainer.subsampling import (
     draw_sentences,
     most_unguarded,
@@ -47,7 +47,7 @@ def autocast(cfg: Any) -> ContextManager[None]:
     return torch.autocast("cuda") if cfg.common.amp else contextlib.nullcontext()
 
 
-class Climber:
+class AscentStep:
     """Moves a model to ``w + eps*`` of a batch; all forwards see the same dropout masks.
 
     Args:
@@ -62,12 +62,12 @@ class Climber:
         self._trainer = trainer
         self._sam = sam
         self._weights = weights
-        self._reduction = Reduction(trainer, sam, weights)
+        self._sync = GradientSync(trainer, sam, weights)
         self._losses_checked = False
 
-    def climb(
-        self, samples: List[Prepared], replay: Replay, loss_scale: Union[float, Tensor]
-    ) -> UpdateLog:
+    def run(
+        self, samples: List[Prepared], replay: RngReplay, loss_scale: Union[float, Tensor]
+    ) -> StepMetrics:
         """``w -> w + eps*``, along the reduced gradient of the (reweighted) batch loss at w.
 
         Args:
@@ -81,30 +81,30 @@ class Climber:
         trainer.zero_grad()
         scale = loss_scale
         backward = self._delta_sam_backward if sam.beta else self._sam_backward
-        with self._weights.alone():
+        with self._weights.freeze_others():
             log = backward(samples, replay)
-        if self._reduction.needed:
+        if self._sync.needed:
             with torch.autograd.profiler.record_function("reduce-grads"):
-                self._reduction.average_grads()
+                self._sync.average_grads()
             scale = scale / trainer.data_parallel_world_size  # what reduces gradients averages them
         ascent = sam.ascend(self._weights.parameters(), *self._draw())
         log.ascent_gnorm = ascent.norm * log.weights_divisor / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
         return log
 
-    def _sam_backward(self, samples: List[Prepared], replay: Replay) -> UpdateLog:
+    def _sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
         """Gradient of the batch loss, accumulated as fairseq's train_step does it."""
         trainer, sam = self._trainer, self._sam
         # The criterion's data-parallel wrapper would reduce what is to stay with the rank.
-        criterion = trainer.get_criterion() if self._reduction.stays else trainer.criterion
+        criterion = trainer.get_criterion() if self._sync.local_only else trainer.criterion
         sums = trainer.task.logging_outputs_can_be_summed(trainer.get_criterion())
-        log = UpdateLog(sam.per_rank, estimated=sam.ascent_fraction < 1, sums=sums)
+        log = StepMetrics(sam.per_rank, estimated=sam.ascent_fraction < 1, sums=sums)
         rank = trainer.data_parallel_rank
         generator = update_generator(*self._draw(), SENTENCES, torch.device("cpu"), rank)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
             sample, share = self._draw_part(sample, generator)
-            with self._reduction.held_back(last=i == len(samples) - 1):
+            with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
                 _, sample_size, logging_output = trainer.task.train_step(
                     sample=sample,
                     model=trainer.model,
@@ -130,7 +130,7 @@ class Climber:
     def _take(self, sample: Dict[str, Any], kept: Tensor) -> Dict[str, Any]:
         return take_sentences(sample, kept, self._trainer.get_criterion().padding_idx)
 
-    def _delta_sam_backward(self, samples: List[Prepared], replay: Replay) -> UpdateLog:
+    def _delta_sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
         """Gradient of ``sum_j g'_j l_j``.
 
         With one micro-batch the clean forward of Eq. 3 and the forward of the ascent are the
@@ -145,7 +145,7 @@ class Climber:
             self._losses_checked = True
 
         sam.draw_ahead(self._weights.parameters(), *self._draw())
-        log = UpdateLog(per_rank=sam.per_rank)
+        log = StepMetrics(per_rank=sam.per_rank)
         if sam.ascent_fraction < 1:
             self._backward_of_most_unguarded(samples, replay, log)
             return log
@@ -157,7 +157,7 @@ class Climber:
             reweighting = self._reweight(samples, clean, replay, log)
         replay()
         for i, (sample, is_dummy) in enumerate(samples):
-            with self._reduction.held_back(last=i == len(samples) - 1):
+            with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
                 with autocast(self._trainer.cfg):
                     losses, sample_size, logging_output = self._forward(trainer.model, sample)
                 if len(samples) == 1:
@@ -174,7 +174,7 @@ class Climber:
         return log
 
     def _backward_of_most_unguarded(
-        self, samples: List[Prepared], replay: Replay, log: UpdateLog
+        self, samples: List[Prepared], replay: RngReplay, log: StepMetrics
     ) -> None:
         """Gradient of ``sum_j g'_j l_j`` over the j of largest ``|a_j|`` of every micro-batch.
 
@@ -193,7 +193,7 @@ class Climber:
                 weights = of_sentences[done : done + n]
                 done += n
             kept = most_unguarded(weights, self._sam.ascent_fraction)
-            with self._reduction.held_back(last=i == len(samples) - 1):
+            with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
                 with autocast(self._trainer.cfg):
                     losses = self._forward(self._trainer.model, self._take(sample, kept)).losses
                 self._backward((weights[kept].to(losses) * losses).sum())
@@ -203,8 +203,8 @@ class Climber:
         self,
         samples: List[Prepared],
         clean: Optional[List[Tensor]],
-        replay: Replay,
-        log: UpdateLog,
+        replay: RngReplay,
+        log: StepMetrics,
     ) -> Reweighting:
         """Probe (Eq. 3), then the weights of this rank's sentences in the global batch.
 
@@ -226,7 +226,7 @@ class Climber:
             real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
             a = torch.cat(real) * (sam.rho / radius)
             sums = guardedness_sums(a)
-            if self._reduction.needed:
+            if self._sync.needed:
                 with torch.autograd.profiler.record_function("sam-reduce"):
                     group = self._trainer.data_parallel_process_group
                     distributed_utils.all_reduce(sums, group=group)
@@ -236,7 +236,7 @@ class Climber:
             log.weights_divisor = log.reweighting.r.clamp(min=1)
         return log.reweighting
 
-    def _forwards(self, samples: List[Prepared], replay: Replay) -> List[PerSentence]:
+    def _forwards(self, samples: List[Prepared], replay: RngReplay) -> List[PerSentence]:
         """Losses of all sentences, one `PerSentence` a micro-batch, without graph."""
         replay()
         with torch.no_grad(), autocast(self._trainer.cfg):
@@ -252,7 +252,7 @@ class Climber:
         with torch.autograd.profiler.record_function("sam-backward"):
             self._trainer.optimizer.backward(loss)
 
-    def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: Replay) -> None:
+    def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: RngReplay) -> None:
         """Once a run: the per-sentence losses add up to what the criterion itself returns."""
         criterion, model = self._trainer.get_criterion(), self._trainer.get_model()
         total = self._forwards([(sample, False)], replay)[0].losses.double().sum().item()

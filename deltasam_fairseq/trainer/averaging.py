@@ -191,7 +191,7 @@ class AveragingTrainer(Trainer):
         return extra_state
 
 
-def validates_average(validate: Any) -> Any:
+def validate_average(validate: Any) -> Any:
     """fairseq's validation, of the average; with --swa-validate-both then of the weights too."""
 
     @functools.wraps(validate)
@@ -211,7 +211,7 @@ def validates_average(validate: Any) -> Any:
     return wrapper
 
 
-def says_if_nothing_was_averaged(train: Any) -> Any:
+def warn_if_never_averaged(train: Any) -> Any:
     """fairseq's training of an epoch; where the run ends with it and has no average, it is said."""
 
     @functools.wraps(train)

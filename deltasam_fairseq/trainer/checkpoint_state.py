@@ -13,7 +13,7 @@ _SCALER = "deltasam_loss_scaler"
 _CRITERION = "deltasam_criterion"
 
 
-def run_state(trainer: Trainer) -> Dict[str, Any]:
+def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
     """State to save: counters of the loss scaler, averages of a criterion.
 
     Args:
@@ -32,8 +32,8 @@ def run_state(trainer: Trainer) -> Dict[str, Any]:
     return state
 
 
-def load_run_state(trainer: Trainer, state: Dict[str, Any]) -> None:
-    """Put a `run_state` back; what is missing is left as it is at the start of a run."""
+def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None:
+    """Restore an `extra_checkpoint_state`; what it lacks keeps its value of a new run."""
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
         criterion.regulariser.load_state_dict(state.get(_CRITERION) or {})

@@ -17,7 +17,7 @@ from deltasam_fairseq.optim import SharpnessAwareOptimizer
 from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
 
 
-class Reduction:
+class GradientSync:
     """What is sent between ranks for an ascent.
 
     Args:
@@ -39,17 +39,17 @@ class Reduction:
         return self._trainer.data_parallel_world_size > 1 and not self._sam.per_rank
 
     @property
-    def stays(self) -> bool:
+    def local_only(self) -> bool:
         """Whether no wrapper may reduce: gradients stay with the rank, or are averaged here."""
         return self._sam.per_rank or self._weights.partial
 
-    def held_back(self, last: bool) -> Any:
+    def no_sync_unless_last(self, last: bool) -> Any:
         """Forward and backward inside leave gradients unreduced, but for those of the last."""
         trainer = self._trainer
         if (
             trainer.data_parallel_world_size > 1
             and hasattr(trainer.model, "no_sync")
-            and (self.stays or not last)
+            and (self.local_only or not last)
         ):
             return trainer.model.no_sync()
         return contextlib.ExitStack()

@@ -30,7 +30,7 @@ _AVERAGES = (
 )
 
 
-class UpdateLog:
+class StepMetrics:
     """Carries the ascent's figures to the moment when fairseq logs the update.
 
     fairseq's meters get the clean forward's logging outputs, so that loss and accuracy mean the

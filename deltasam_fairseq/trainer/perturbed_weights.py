@@ -71,7 +71,7 @@ class PerturbedWeights:
         )
 
     @contextlib.contextmanager
-    def alone(self) -> Iterator[None]:
+    def freeze_others(self) -> Iterator[None]:
         """Within, a backward computes no gradients of other weights, but where it has to.
 
         Raises:

@@ -7,7 +7,7 @@ import numpy as np
 from torch import Tensor
 
 
-class Replay:
+class RngReplay:
     """Puts the random generators back to where they are when an update begins.
 
     Calling the object before every pass over the micro-batches makes the passes draw the same

@@ -23,12 +23,15 @@ from torch.nn import Parameter
 from deltasam_fairseq.algorithms import multiplied_in
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
-from deltasam_fairseq.trainer.ascent import Climber, Prepared, autocast
+from deltasam_fairseq.trainer.ascent import AscentStep, Prepared, autocast
 from deltasam_fairseq.trainer.averaging import AveragingTrainer
-from deltasam_fairseq.trainer.checkpoint_state import load_run_state, run_state
-from deltasam_fairseq.trainer.metrics import UpdateLog, on_host, without_ascent
+from deltasam_fairseq.trainer.checkpoint_state import (
+    extra_checkpoint_state,
+    load_extra_checkpoint_state,
+)
+from deltasam_fairseq.trainer.metrics import StepMetrics, on_host, without_ascent
 from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
-from deltasam_fairseq.trainer.rng_replay import Replay
+from deltasam_fairseq.trainer.rng_replay import RngReplay
 
 logger = logging.getLogger(__name__)
 
@@ -49,11 +52,11 @@ class SharpnessAwareTrainer(AveragingTrainer):
     All forwards of an update see the same dropout masks.
     """
 
-    _climber: Climber
+    _ascent_step: AscentStep
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        self._update_log: Optional[UpdateLog] = None
+        self._step_metrics: Optional[StepMetrics] = None
         self._ran_out_of_memory = False
         self._last_update = 0
         self._finite_probes: Optional[Tensor] = None
@@ -70,7 +73,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._trained = weights.trained
         if sam is not None:
             sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
-            self._climber = Climber(self, sam, weights)
+            self._ascent_step = AscentStep(self, sam, weights)
             logger.info(sam.describe())
             if isinstance(self._optimizer, AMPOptimizer):
                 logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
@@ -98,9 +101,9 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
         if sam is None:
             return self._fairseqs_step(samples, raise_oom)
-        if self._update_log is not None:
+        if self._step_metrics is not None:
             # fairseq's step overflowed under AMP and enters here anew, the weights perturbed.
-            self._count_overflow(self._update_log)
+            self._count_overflow(self._step_metrics)
         sam.restore()
         if not sam.active(self.get_num_updates()):
             sam.skip_ascent()
@@ -108,14 +111,14 @@ class SharpnessAwareTrainer(AveragingTrainer):
             return self._fairseqs_step(samples, raise_oom)
 
         prepared = [self._prepare_sample(sample) for sample in samples]
-        replay = Replay(
+        replay = RngReplay(
             self._set_seed,
             host=not self._loads_data_in_a_thread(),
             buffers=[*self.get_model().buffers(), *self.get_criterion().buffers()],
         )
         try:
             metrics.log_start_time("train_wall", priority=800, round=0)
-            climbed = self._try_to_climb(prepared, replay, raise_oom)
+            climbed = self._ascent_or_skip_batch(prepared, replay, raise_oom)
             metrics.log_stop_time("train_wall")
             if not climbed:
                 return None
@@ -126,21 +129,21 @@ class SharpnessAwareTrainer(AveragingTrainer):
             return self._descend(ready, raise_oom)
         finally:
             sam.restore()
-            self._update_log = None
+            self._step_metrics = None
 
     def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
         """fairseq's own train_step, counting the updates that it skips for an overflow."""
-        updates, log = self.get_num_updates(), self._update_log
+        updates, log = self.get_num_updates(), self._step_metrics
         self._ran_out_of_memory = False
         stats = self._fairseqs_step(samples, raise_oom)
         scales = getattr(self.optimizer, "scaler", None) is not None
         skipped = stats is None and self.get_num_updates() == updates
-        retried = self._update_log is not log  # an AMP retry is an update of its own
+        retried = self._step_metrics is not log  # an AMP retry is an update of its own
         if skipped and scales and not self._ran_out_of_memory and not retried:
             self._count_overflow(log)
         return stats
 
-    def _count_overflow(self, log: Optional[UpdateLog]) -> None:
+    def _count_overflow(self, log: Optional[StepMetrics]) -> None:
         where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
         metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
 
@@ -163,7 +166,9 @@ class SharpnessAwareTrainer(AveragingTrainer):
 
     # What fairseq's train_step does around forward and backward
 
-    def _try_to_climb(self, samples: List[Prepared], replay: Replay, raise_oom: bool) -> bool:
+    def _ascent_or_skip_batch(
+        self, samples: List[Prepared], replay: RngReplay, raise_oom: bool
+    ) -> bool:
         """Climb; on errors do what fairseq's train_step does on errors in forward and backward.
 
         Returns:
@@ -171,7 +176,9 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """
         try:
             with torch.autograd.profiler.record_function("sam-ascent"):
-                self._update_log = self._climber.climb(samples, replay, self._unread_loss_scale())
+                self._step_metrics = self._ascent_step.run(
+                    samples, replay, self._unread_loss_scale()
+                )
         except RuntimeError as e:
             if "out of memory" not in str(e):
                 raise
@@ -232,14 +239,14 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if sam is None:
             state = super().state_dict()
         else:
-            log, moved = self._update_log, sam.weights.moved
+            log, moved = self._step_metrics, sam.weights.moved
             if log is not None and not torch.isfinite(log.ascent_gnorm):
                 sam.weights.restore()
             with sam.weights.suspended():
                 state = super().state_dict()
                 if moved:  # what moves on must not move what is being saved
                     state["model"] = {k: v.clone() for k, v in state["model"].items()}
-        state["extra_state"].update(run_state(self))
+        state["extra_state"].update(extra_checkpoint_state(self))
         return state
 
     def load_checkpoint(
@@ -248,13 +255,13 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's, and what else a resumed run needs to go on as it would have."""
         extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         if not reset_optimizer:
-            load_run_state(self, extra_state or {})
+            load_extra_checkpoint_state(self, extra_state or {})
         return extra_state
 
     def _aggregate_logging_outputs(
         self, logging_outputs: List[Dict[str, Any]], *extra_stats_to_sum: Any, ignore: bool = False
     ) -> Any:
-        log = self._update_log
+        log = self._step_metrics
         if log is not None:
             # fairseq looks at the last micro-batch alone: with a dummy there it forgets this
             # rank's other ones, and the gradient of all is divided by too few sentences.
@@ -269,7 +276,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
     def _reduce_and_log_stats(
         self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None
     ) -> Any:
-        log = self._update_log
+        log = self._step_metrics
         if log is None:
             return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
         if not self._sync_stats():
@@ -283,7 +290,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._warn_of_probes(log)
         return stats
 
-    def _warn_of_probes(self, log: UpdateLog) -> None:
+    def _warn_of_probes(self, log: StepMetrics) -> None:
         """Say it once where a probe's loss was not finite.
 
         To look is to wait for the device, so that it is done with the log, not every update.

@@ -22,7 +22,7 @@ import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.logging import metrics
 
-from deltasam_fairseq.trainer.rng_replay import Replay
+from deltasam_fairseq.trainer.rng_replay import RngReplay
 from scripts.benchmark.criterion_cost import PLAIN, batches, build
 
 SAM, DELTA_SAM = "sam_adam", "delta_sam_adam"
@@ -77,15 +77,15 @@ def loss(trainer: Any, sample: Dict[str, Any]) -> float:
 def rise(trainer: Any, samples: Sequence[Any]) -> float:
     """Mean rise of the batch's loss from ``w`` to ``w + eps*``."""
     _ = trainer.optimizer  # built on first use
-    climber, found = trainer._climber, []
+    ascent_step, found = trainer._ascent_step, []
     for sample in samples:
         prepared = [trainer._prepare_sample(sample)]
         before = loss(trainer, prepared[0][0])
-        climber.climb(prepared, Replay(trainer._set_seed, host=False), 1.0)
+        ascent_step.run(prepared, RngReplay(trainer._set_seed, host=False), 1.0)
         try:
             found.append(loss(trainer, prepared[0][0]) - before)
         finally:
-            climber._sam.restore()
+            ascent_step._sam.restore()
     return statistics.mean(found)
 
 

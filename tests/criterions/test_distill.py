@@ -133,10 +133,10 @@ class TestLimits:
         objective = Classification(torch.tensor([0, 2]))
         z, v = torch.randn(2, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
         student, teacher = objective.scores(z), objective.scores(v)
-        one = objective.soft_losses(teacher, student, 1.0)
+        one = objective.distillation_losses(teacher, student, 1.0)
         torch.testing.assert_close(one, objective.directed_divergence(teacher, student))
         apart = (z - z.mean(1, keepdim=True)) - (v - v.mean(1, keepdim=True))
-        high = objective.soft_losses(teacher, student, 1e4)
+        high = objective.distillation_losses(teacher, student, 1e4)
         torch.testing.assert_close(high, apart.square().sum(1) / 6, rtol=1e-3, atol=0)
 
 
@@ -366,6 +366,6 @@ class TestTokens:
         objective = LabelSmoothedTokens(torch.tensor([[1, 2], [1, 0]]), 0, 0.0, 1)
         torch.manual_seed(1)
         p, q = objective.scores(torch.randn(2, 2, 3)), objective.scores(torch.randn(2, 2, 3))
-        soft = objective.soft_losses(p, q, 2.0)
+        soft = objective.distillation_losses(p, q, 2.0)
         assert soft[0] > 0 and soft[1] == 0
-        assert objective.hits(p.argmax(-1), p.argmax(-1)).tolist() == [1, 0]
+        assert objective.num_correct(p.argmax(-1), p.argmax(-1)).tolist() == [1, 0]

@@ -29,8 +29,8 @@ def record(trainer, seen):
     sam = sharpness_aware(trainer.optimizer)
     if sam is None:
         return
-    climber = trainer._climber
-    reweight, ascend = climber._reweight, sam.ascend
+    ascent_step = trainer._ascent_step
+    reweight, ascend = ascent_step._reweight, sam.ascend
 
     def recording_reweight(*args):
         found = reweight(*args)
@@ -44,7 +44,7 @@ def record(trainer, seen):
         seen["eps"].append(torch.cat([m.flatten() for m in moved]))
         return ascent
 
-    climber._reweight, sam.ascend = recording_reweight, recording_ascend
+    ascent_step._reweight, sam.ascend = recording_reweight, recording_ascend
 
 
 def count_collectives(counts):

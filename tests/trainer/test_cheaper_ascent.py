@@ -309,7 +309,7 @@ class TestOnly:
         trainer = trainer_of(classification, tmp_path, "sam_adam", "--sam-only", pattern)
         named = list(trainer.get_model().named_parameters())
         _ = trainer.optimizer
-        found = trainer._climber._weights.parameters()
+        found = trainer._ascent_step._weights.parameters()
         assert [id(p) for p in found] == [id(p) for n, p in named if names(n)]
         some, all_ = sum(p.numel() for p in found), sum(p.numel() for _, p in named)
         assert f"{some:,} of {all_:,} weights are perturbed" in caplog.text

@@ -7,7 +7,7 @@ import torch
 from fairseq.logging import metrics
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from deltasam_fairseq.trainer import metrics as update_log
+from deltasam_fairseq.trainer import metrics as step_metrics
 from tests.helpers import tiny
 
 # Operations that bring a number, or a shape that depends on one, to the host.
@@ -17,7 +17,7 @@ READS = {"aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_
 class CountReads(TorchDispatchMode):
     """Counts what is read while inside, apart from what models read in their forward.
 
-    Everything is taken to be on a device but what `update_log.on_host` has brought, and what is
+    Everything is taken to be on a device but what `step_metrics.on_host` has brought, and what is
     made of that alone.
     """
 
@@ -57,8 +57,8 @@ def as_if_on_a_device(monkeypatch):
                     value.is_on_host = True
         return found
 
-    own = update_log.on_host
-    monkeypatch.setattr(update_log, "_is_on_device", on_device)
+    own = step_metrics.on_host
+    monkeypatch.setattr(step_metrics, "_is_on_device", on_device)
     monkeypatch.setattr("deltasam_fairseq.trainer.sharpness_aware.on_host", on_host)
 
 
@@ -105,7 +105,7 @@ def test_figures_come_to_the_host_as_they_were():
     """Their types stay; what is on the host, or no single number, is left alone."""
     words, real = torch.tensor([1.0, 2.0]), torch.tensor(0.1)
     figures = [[{"loss": real, "n": torch.tensor(7), "name": "x", "words": words}], 3]
-    (log,), size = update_log.on_host(figures)
+    (log,), size = step_metrics.on_host(figures)
     assert size == 3 and log["name"] == "x" and log["words"] is words
     assert log["loss"].dtype == torch.float32 and torch.equal(log["loss"], real)
     assert log["loss"] is not real and log["n"].dtype == torch.int64 and log["n"] == 7

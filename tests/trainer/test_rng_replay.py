@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from deltasam_fairseq.trainer.rng_replay import Replay
+from deltasam_fairseq.trainer.rng_replay import RngReplay
 
 
 def draw():
@@ -13,7 +13,7 @@ def draw():
 
 
 def test_every_pass_draws_the_same_numbers():
-    replay = Replay(lambda: torch.manual_seed(5), host=True)
+    replay = RngReplay(lambda: torch.manual_seed(5), host=True)
     passes = []
     for _ in range(3):
         replay()
@@ -26,7 +26,7 @@ def test_generators_are_afterwards_where_one_pass_leaves_them():
     draw()
     expected = draw()
     random.seed(1), np.random.seed(1)
-    replay = Replay(lambda: torch.manual_seed(5), host=True)
+    replay = RngReplay(lambda: torch.manual_seed(5), host=True)
     for _ in range(3):
         replay()
         draw()
@@ -34,7 +34,7 @@ def test_generators_are_afterwards_where_one_pass_leaves_them():
 
 
 def test_host_generators_are_left_alone_where_a_thread_loads_data():
-    replay = Replay(lambda: torch.manual_seed(5), host=False)
+    replay = RngReplay(lambda: torch.manual_seed(5), host=False)
     np.random.seed(1), random.seed(1)
     replay()
     first = draw()
