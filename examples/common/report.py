@@ -18,6 +18,8 @@ import statistics
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
+from deltasam_fairseq.markdown import markdown_table
+
 Epoch = Dict[str, float]  # fairseq's figures at the end of an epoch: valid_loss, train_ups, ...
 
 
@@ -115,16 +117,6 @@ def extra_subsets(run: Run, metric: str) -> List[str]:
     return [key.split("_")[0] for key in keys if re.fullmatch(rf"valid\d+_{metric}", key)]
 
 
-def markdown(rows: Sequence[Dict[str, str]]) -> str:
-    """Return the rows as a Markdown table that is also aligned for the eye."""
-    lines = [list(rows[0]), *(list(row.values()) for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * width for width in widths])
-    return "".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(line, widths)) + " |\n" for line in lines
-    )
-
-
 def draw(runs: Sequence[Run], metric: str, path: Path) -> None:
     """Draw the metric, the losses and the sharpness that the training logged, over epochs."""
     from matplotlib.figure import Figure
@@ -170,7 +162,8 @@ def main() -> None:
         "Sharpness: by how much the validation loss (nats) rises along SAM's ascent, at the last\n"
         "weights. Time: of the updates, without start-up.\n"
     )
-    (args.out / "report.md").write_text(markdown(rows) + note, encoding="utf-8")
+    table_ = markdown_table(list(rows[0]), [list(row.values()) for row in rows])
+    (args.out / "report.md").write_text(f"{table_}\n{note}", encoding="utf-8")
     with (args.out / "report.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, list(rows[0]))
         writer.writeheader()

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
+from deltasam_fairseq.markdown import markdown_table
 from examples.common.runner import LOG, Stage, exit_code, module, read_stamp, run_all, split_words
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -167,16 +168,15 @@ def report(args: argparse.Namespace, data: Path) -> str:
         (data / f"test.{side}").read_text(encoding="utf-8").splitlines()
         for side in ("short", "full")
     )
-    rows = ["| method | BLEU | valid loss | training, s |", "|---|---|---|---|"]
-    rows.append(
-        f"| the source as it is | {sacrebleu.corpus_bleu(sources, [targets]).score:.1f} |||"
-    )
+    score = sacrebleu.corpus_bleu(sources, [targets]).score
+    table = [["the source as it is", f"{score:.1f}", "", ""]]
     for name in args.methods:
         runs = [run_folder(args, name, seed) for seed in args.seeds]
         scores = [bleu(test_folder(args, name, seed)) for seed in args.seeds]
         loss = statistics.mean(map(valid_loss, runs))
         seconds = statistics.mean(read_stamp(run)["seconds"] for run in runs)
-        rows.append(f"| {name} | {spread(scores)} | {loss:.2f} | {seconds:.0f} |")
+        table.append([name, spread(scores), f"{loss:.2f}", f"{seconds:.0f}"])
+    rows = [markdown_table(["method", "BLEU", "valid loss", "training, s"], table)]
     outputs = {name: written(test_folder(args, name, args.seeds[0])) for name in args.methods}
     for i in range(min(3, len(sources))):
         rows += ["", f"- {sources[i]}", f"  - wanted: {targets[i]}"]

@@ -24,7 +24,7 @@ from examples.glue.report.numbers import Row
 from examples.glue.report.page import to_html, to_markdown
 from examples.glue.report.runs import Metric, Run, number_of, read_runs
 
-PAPER = Path(__file__).with_name("glue_paper.json")
+PAPER = Path(__file__).with_name("paper.json")
 
 
 def write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
@@ -106,7 +106,7 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     add("--time-baseline", help="method whose time counts as 1 (default: sam, sam_adam or sam_*)")
     add("--tasks", nargs="+", help="read only these, in this order (default: all)")
     add("--methods", nargs="+", help="likewise; one that was not run is listed as missing")
-    add("--paper", type=Path, default=PAPER, help="figures of the paper (default: glue_paper.json)")
+    add("--paper", type=Path, default=PAPER, help="figures of the paper (default: the paper's)")
     args = parser.parse_args(words)
     try:
         if not args.runs.is_dir():

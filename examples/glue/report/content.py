@@ -31,7 +31,7 @@ class Report(NamedTuple):
     Attributes:
         one: the method whose running time counts as 1; None without one.
         rows: of every task and method, then the averages over tasks of every method.
-        paper: glue_paper.json.
+        paper: paper.json.
     """
 
     runs: Runs

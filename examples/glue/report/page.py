@@ -9,7 +9,7 @@ import html
 import re
 from typing import Dict, List, NamedTuple, Sequence, Union
 
-from examples.common.report import markdown as markdown_table
+from deltasam_fairseq.markdown import markdown_table
 from examples.glue.report.plots import Look
 
 
@@ -79,19 +79,12 @@ def to_markdown(blocks: Sequence[Block]) -> str:
         elif isinstance(block, Bullets):
             parts.append("\n".join(f"- {point}" for point in block.points))
         elif isinstance(block, Table):
-            cells = [[cell.replace("|", "\\|") or " " for cell in row] for row in block.rows]
-            rows = [dict(zip(_unique(block.head), row)) for row in cells]
-            parts.append(f"**{block.caption}**\n\n{markdown_table(rows)}".rstrip())
+            parts.append(f"**{block.caption}**\n\n{markdown_table(block.head, block.rows)}")
         elif isinstance(block, Figures):
             parts.append(f"![{block.text}]({block.png})\n\n{block.text}")
         else:
             parts.append(f"{block.title}:\n\n```\n{block.code}\n```")
     return "\n\n".join(parts) + "\n"
-
-
-def _unique(head: Sequence[str]) -> List[str]:
-    """Return the head with spaces after a name that was there before: it becomes a dict's keys."""
-    return [name + " " * head[:i].count(name) for i, name in enumerate(head)]
 
 
 # --- HTML -------------------------------------------------------------------------------------
