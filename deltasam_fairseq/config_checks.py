@@ -1,17 +1,24 @@
 """Checks of a run's configuration, made before any data is loaded."""
 
-from typing import Any
+import logging
+from typing import Any, Optional, Tuple
 
+import numpy as np
 from fairseq.criterions import CRITERION_REGISTRY
+from fairseq.data import data_utils
+from fairseq.file_io import PathManager
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 
-from deltasam_fairseq.checkpoints import require_restore_file
 from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
+
+logger = logging.getLogger(__name__)
+
+_DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
 
 
 def _name(node: Any) -> Any:
@@ -62,7 +69,7 @@ def _check_delta_sam(cfg: Any, optimizer: str) -> None:
         )
 
 
-def _drops_layers_anew(cfg: Any, regulariser: Any) -> bool:
+def _drops_other_layers(cfg: Any, regulariser: Any) -> bool:
     """Whether the forwards of one loss each drop other layers of the model."""
     layerdrop = (getattr(cfg.model, f"{side}_layerdrop", 0) for side in ("encoder", "decoder"))
     same = getattr(cfg.criterion, "same_dropout", False)
@@ -86,7 +93,7 @@ def _check_criterion(cfg: Any) -> None:
     distributed = cfg.distributed_training
     torch_ddp = distributed.ddp_backend in ("pytorch_ddp", "c10d")
     several_ranks = distributed.distributed_world_size > 1
-    if torch_ddp and several_ranks and _drops_layers_anew(cfg, regulariser):
+    if torch_ddp and several_ranks and _drops_other_layers(cfg, regulariser):
         raise ValueError(
             f"--encoder-layerdrop cannot be combined with --criterion {name} under --ddp-backend "
             "pytorch_ddp: each forward drops other layers, and torch takes them for unused; use "
@@ -119,9 +126,54 @@ def _check_averaging(cfg: Any) -> None:
     if cfg.common.quantization_config_path is not None:
         raise ValueError(
             f"--quantization-config-path cannot be combined with {asked}: at each of its steps "
-            "other weights are trained, by an optimizer built anew, and the average would be lost; "
-            "leave one of the two out"
+            "other weights are trained, by a new optimizer, and the average would be lost; drop "
+            "one of the two"
         )
+
+
+def check_restore_file(cfg: Any) -> None:
+    """Stop if the checkpoint to start from does not exist.
+
+    fairseq only logs a --restore-file that it does not find, and trains from scratch. The file that
+    it will look for, remote addresses included, is found as in
+    ``fairseq.checkpoint_utils.load_checkpoint`` and ``Trainer.load_checkpoint``.
+
+    Args:
+        cfg: the ``checkpoint`` part of fairseq's configuration.
+
+    Raises:
+        FileNotFoundError: a --restore-file other than the default, or on a first launch a
+            --finetune-from-model or checkpoint.continue_once, is not a file.
+
+    Under data parallelism: call it on every rank; each must see the file, or fairseq's
+    broadcast of it hangs. Limiting case: all three at their defaults, nothing is required.
+    """
+    wanted = _file_to_start_from(cfg, getattr(cfg, "checkpoint_suffix", None) or "")
+    if wanted is None:
+        return
+    option, value, path = wanted
+    if not PathManager.isfile(path):
+        looked_for = "" if path == value else f" (looked for {path})"
+        raise FileNotFoundError(
+            f"{option} {value}{looked_for} does not exist or is not a file, and fairseq would "
+            f"start from scratch without it. Give the path of a checkpoint file, as seen from "
+            f"every rank, or leave {option} out to start from scratch on purpose."
+        )
+
+
+def _file_to_start_from(cfg: Any, suffix: str) -> Optional[Tuple[str, str, str]]:
+    """Return the option that names a file, its value, and the path that fairseq makes of it."""
+    if cfg.restore_file != _DEFAULT_RESTORE_FILE:
+        # As fairseq does it, every ".pt" and not only the last.
+        path = cfg.restore_file.replace(".pt", suffix + ".pt")
+        return "--restore-file", cfg.restore_file, path
+    if PathManager.exists(f"{cfg.save_dir}/checkpoint_last{suffix}.pt"):
+        return None
+    for option in ("continue_once", "finetune_from_model"):
+        value = getattr(cfg, option, None)
+        if value is not None:
+            return "--" + option.replace("_", "-"), value, value
+    return None
 
 
 def check_config(cfg: Any) -> None:
@@ -134,7 +186,7 @@ def check_config(cfg: Any) -> None:
         ValueError: for an option out of range or options that do not go together.
         FileNotFoundError: for a checkpoint to start from that does not exist.
     """
-    require_restore_file(cfg.checkpoint)
+    check_restore_file(cfg.checkpoint)
     _check_criterion(cfg)
     _check_averaging(cfg)
     optimizer = _name(cfg.optimizer)
@@ -145,3 +197,37 @@ def check_config(cfg: Any) -> None:
     _check_seam(cfg, f"--optimizer {optimizer}", "each rank would perturb and step on its own")
     if getattr(cfg.optimizer, "delta_sam_beta", 0) and cfg.optimizer.sam_rho:
         _check_delta_sam(cfg, optimizer)
+
+
+def drops_sentences(multiple: int) -> bool:
+    """Whether this fairseq drops a last batch that is no multiple of ``multiple``.
+
+    fairseq 0.12.2 keeps it; later ones drop it, from training, validation and generation alike.
+
+    Args:
+        multiple: --required-batch-size-multiple.
+    """
+    sentences = np.arange(multiple + 1)
+    batches = data_utils.batch_by_size(
+        sentences,
+        num_tokens_fn=lambda _: 1,
+        num_tokens_vec=np.ones_like(sentences),
+        max_sentences=multiple,
+        required_batch_size_multiple=multiple,
+    )
+    return sum(len(batch) for batch in batches) < len(sentences)
+
+
+def warn_about_dropped_sentences(cfg: Any) -> None:
+    """Warn if this run will drop sentences; fairseq's default drops up to 7 of every data set.
+
+    Args:
+        cfg: fairseq's whole configuration.
+    """
+    multiple = cfg.dataset.required_batch_size_multiple
+    if multiple > 1 and _name(cfg.task) != "span_prediction" and drops_sentences(multiple):
+        logger.warning(
+            f"--required-batch-size-multiple {multiple}: this fairseq drops up to "
+            f"{multiple - 1} sentences of every data set, in validation too, and logs nothing; "
+            "to keep all, give --required-batch-size-multiple 1"
+        )

@@ -17,7 +17,6 @@ from deltasam_fairseq.checkpoints.allow_list import allow, allowed_globals
 from deltasam_fairseq.checkpoints.errors import CheckpointDamagedError, CheckpointRefusedError
 from deltasam_fairseq.checkpoints.install import install
 from deltasam_fairseq.checkpoints.literal import literal_eval
-from deltasam_fairseq.checkpoints.restore_file import require_restore_file
 from deltasam_fairseq.checkpoints.unpickler import RestrictedUnpickler, restricted_pickle
 
 __all__ = [
@@ -28,6 +27,5 @@ __all__ = [
     "allowed_globals",
     "install",
     "literal_eval",
-    "require_restore_file",
     "restricted_pickle",
 ]

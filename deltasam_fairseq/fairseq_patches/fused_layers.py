@@ -1,13 +1,13 @@
-"""fairseq 0.12's fused encoder layers, kept out of evaluation.
+"""Keep fairseq 0.12's fused encoder layers out of evaluation.
 
 A model that was read from a checkpoint, and not trained since, evaluates there through a fused
 kernel on second copies of its weights. torch 2 refuses the call where there is padding: "Mask Type
 should be defined". fairseq-generate and fairseq-validate fail by it. Later versions have no such
 layers.
 
-The copies are parameters of the model that nothing else reads. They are made anew whenever a
-checkpoint is read, so that a probe that moved them, or a norm that counted them, would be another
-in a run that was resumed.
+The copies are parameters of the model that nothing else reads. Each time a checkpoint is read they
+are made again, so a probe that moved them, or a norm that counted them, would differ in a resumed
+run.
 """
 
 from typing import Any, Iterable, Set

@@ -17,7 +17,7 @@ NOT_WRAPPED = ("pass_through",)
 
 
 def register_swa_schedulers() -> List[str]:
-    """Register the averaging twin of every schedule that has a dataclass (manual has none).
+    """Register an averaging twin of every schedule that has none yet (manual has no dataclass).
 
     Returns:
         the names that were registered, such as ``swa_polynomial_decay``.
@@ -29,6 +29,7 @@ def register_swa_schedulers() -> List[str]:
         if name in LR_SCHEDULER_DATACLASS_REGISTRY
         and name not in NOT_WRAPPED
         and not issubclass(cls, SWAScheduler)
+        and f"swa_{name}" not in LR_SCHEDULER_REGISTRY
     }
     for base_name, base_class in bases.items():
         title = "SWA" + "".join(part.capitalize() for part in base_name.split("_"))

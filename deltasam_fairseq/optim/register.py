@@ -79,7 +79,7 @@ def _config_of(name: str, sam_config: Type[SAMConfig], title: str) -> Type[Fairs
 
 
 def register_sharpness_aware_optimizers() -> List[str]:
-    """Register the two wrappers of every base optimizer.
+    """Register the two wrappers of every base optimizer that has none yet.
 
     Returns:
         the names that were registered, such as ``sam_adam`` and ``delta_sam_adam``.
@@ -88,7 +88,9 @@ def register_sharpness_aware_optimizers() -> List[str]:
     bases = {
         name: cls
         for name, cls in OPTIMIZER_REGISTRY.items()
-        if name not in NOT_WRAPPED and not issubclass(cls, SharpnessAwareOptimizer)
+        if name not in NOT_WRAPPED
+        and not issubclass(cls, SharpnessAwareOptimizer)
+        and f"sam_{name}" not in OPTIMIZER_REGISTRY
     }
     for base_name, base_class in bases.items():
         for prefix, parent, config in (

@@ -5,7 +5,6 @@ fairseq validates, and it is the model of every checkpoint that is saved. The we
 in the same file, and a resumed run goes on from them.
 """
 
-import functools
 import logging
 import math
 from typing import Any, Dict, List, Optional
@@ -191,50 +190,41 @@ class AveragingTrainer(Trainer):
         return extra_state
 
 
-def validate_average(validate: Any) -> Any:
+def validate_average(
+    validate: Any, cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: List[str]
+) -> Any:
     """fairseq's validation, of the average; with --swa-validate-both then of the weights too."""
-
-    @functools.wraps(validate)
-    def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: List[str]) -> Any:
-        average = getattr(trainer, "weight_average", None)
-        if average is None or average.n == 0:
-            return validate(cfg, trainer, task, epoch_itr, subsets)
-        with average.in_force():
-            losses = validate(cfg, trainer, task, epoch_itr, subsets)
-        if trainer.lr_scheduler.cfg.swa_validate_both:
-            raw = [f"{subset}_raw" for subset in subsets]
-            task.datasets.update({r: task.dataset(s) for r, s in zip(raw, subsets)})
-            _without_best(validate, cfg, trainer, task, epoch_itr, raw)
-        return losses
-
-    wrapper._deltasam = True  # type: ignore[attr-defined]
-    return wrapper
+    average = getattr(trainer, "weight_average", None)
+    if average is None or average.n == 0:
+        return validate(cfg, trainer, task, epoch_itr, subsets)
+    with average.in_force():
+        losses = validate(cfg, trainer, task, epoch_itr, subsets)
+    if trainer.lr_scheduler.cfg.swa_validate_both:
+        raw = [f"{subset}_raw" for subset in subsets]
+        task.datasets.update({r: task.dataset(s) for r, s in zip(raw, subsets)})
+        _without_best(validate, cfg, trainer, task, epoch_itr, raw)
+    return losses
 
 
-def warn_if_never_averaged(train: Any) -> Any:
-    """fairseq's training of an epoch; where the run ends with it and has no average, it is said."""
-
-    @functools.wraps(train)
-    def wrapper(cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
-        losses, should_stop = train(cfg, trainer, task, epoch_itr)
-        average = getattr(trainer, "weight_average", None)
-        if average is None or average.n > 0:
-            return losses, should_stop
-        scheduler, optimization = trainer.lr_scheduler, cfg.optimization
-        ends = (
-            should_stop
-            or epoch_itr.next_epoch_idx > (optimization.max_epoch or math.inf)
-            or trainer.get_lr() <= optimization.stop_min_lr
-        )
-        if ends:
-            logger.warning(
-                f"nothing was averaged: the run ended after update {trainer.get_num_updates()}, "
-                f"before the first weights entered (--swa-start {scheduler.cfg.swa_start}, that is "
-                f"{scheduler.start}); the checkpoints hold the weights themselves"
-            )
+def warn_if_never_averaged(train: Any, cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
+    """fairseq's training of an epoch, with a warning if the run ends without an average."""
+    losses, should_stop = train(cfg, trainer, task, epoch_itr)
+    average = getattr(trainer, "weight_average", None)
+    if average is None or average.n > 0:
         return losses, should_stop
-
-    return wrapper
+    scheduler, optimization = trainer.lr_scheduler, cfg.optimization
+    ends = (
+        should_stop
+        or epoch_itr.next_epoch_idx > (optimization.max_epoch or math.inf)
+        or trainer.get_lr() <= optimization.stop_min_lr
+    )
+    if ends:
+        logger.warning(
+            f"nothing was averaged: the run ended after update {trainer.get_num_updates()}, "
+            f"before the first weights entered (--swa-start {scheduler.cfg.swa_start}, that is "
+            f"{scheduler.start}); the checkpoints hold the weights themselves"
+        )
+    return losses, should_stop
 
 
 def _without_best(validate: Any, *args: Any) -> None:
