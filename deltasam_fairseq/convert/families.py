@@ -81,7 +81,7 @@ FAMILIES = {
 
 
 @contextlib.contextmanager
-def written(out: Path) -> Iterator[Path]:
+def atomic_output_dir(out: Path) -> Iterator[Path]:
     """A folder to write into, which becomes ``out`` only when the block ends without an error.
 
     Raises:

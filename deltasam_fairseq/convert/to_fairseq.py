@@ -20,6 +20,7 @@ from deltasam_fairseq.convert.families import (
     MASK,
     Family,
     Tensors,
+    atomic_output_dir,
     copy_tokenizer,
     first_position,
     layers_of,
@@ -28,7 +29,6 @@ from deltasam_fairseq.convert.families import (
     renamed,
     safetensors_torch,
     write_json,
-    written,
 )
 from deltasam_fairseq.convert.vocabulary import (
     Vocabulary,
@@ -274,7 +274,7 @@ def to_fairseq(source: Path, out: Path, num_classes: Optional[int] = None) -> Li
     args.load_checkpoint_heads = bool(head)
     load_exactly(model, state, f"{source}: the weights do not fit config.json")
 
-    with written(out) as part:
+    with atomic_output_dir(out) as part:
         dictionary.save(str(part / "dict.txt"))
         if Dictionary.load(str(part / "dict.txt")).symbols != dictionary.symbols:
             raise ValueError("fairseq's dict.txt cannot hold this vocabulary")

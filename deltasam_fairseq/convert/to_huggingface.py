@@ -24,6 +24,7 @@ from deltasam_fairseq.convert.families import (
     HEAD,
     MASK,
     Tensors,
+    atomic_output_dir,
     copy_tokenizer,
     first_position,
     layers_of,
@@ -31,7 +32,6 @@ from deltasam_fairseq.convert.families import (
     renamed,
     safetensors_torch,
     write_json,
-    written,
 )
 from deltasam_fairseq.convert.vocabulary import fairseq_symbols, read_vocabulary_of
 from deltasam_fairseq.models import BertModel
@@ -219,7 +219,7 @@ def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = N
     for name in ("weight", "bias"):
         weights[f"{FAMILIES[model_type].head_out}.{name}"] *= scale
     save_file = safetensors_torch().save_file
-    with written(out) as part:
+    with atomic_output_dir(out) as part:
         write_json(part / "config.json", config)
         save_file(weights, str(part / "model.safetensors"), metadata={"format": "pt"})
         if tokenizer is not None:

@@ -10,7 +10,7 @@ import multiprocessing
 import os
 import threading
 from pathlib import Path
-from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Sequence, Tuple, Union
+from typing import Any, Callable, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -119,14 +119,6 @@ def write_dataset(
     write_items(items, len(dictionary), prefix)
 
 
-def write_whole(path: Path, content: Union[str, bytes]) -> None:
-    """Write a file in one step: it is there as a whole, or as it was before."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(partial, path)
-
-
 __all__ = [
     "Dictionary",
     "Encoding",
@@ -139,5 +131,4 @@ __all__ = [
     "tools",
     "write_dataset",
     "write_items",
-    "write_whole",
 ]

@@ -6,8 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
 
-from deltasam_fairseq.data.downloads import local_file, sha256
-from deltasam_fairseq.glue.tasks import GlueError
+from deltasam_fairseq.data.files import DataError, cached_path, sha256
 
 if TYPE_CHECKING:
     from deltasam_fairseq.data.binarize import Encoding
@@ -63,21 +62,21 @@ def encoding_of(args: argparse.Namespace) -> Tuple[Encoding, Dict[str, Any]]:
         for name, default in files.items():
             option, given = "--" + name.replace("_", "-"), getattr(args, name)
             if bpe != args.bpe and given:
-                raise GlueError(f"{option} is for --bpe {bpe}, not for --bpe {args.bpe}")
+                raise DataError(f"{option} is for --bpe {bpe}, not for --bpe {args.bpe}")
             if bpe == args.bpe:
                 where = given or default
                 if where is None:
-                    raise GlueError(f"--bpe {bpe}: give {option}")
-                options[name] = str(local_file(where, option, remedy))
-    dictionary = local_file(args.dict, "--dict")
+                    raise DataError(f"--bpe {bpe}: give {option}")
+                options[name] = str(cached_path(where, option, remedy))
+    dictionary = cached_path(args.dict, "--dict")
     sums = {name: sha256(Path(path)) for name, path in {**options, "dict": dictionary}.items()}
     if args.wordpiece_cased:
         if args.bpe != "wordpiece":
-            raise GlueError("--wordpiece-cased is for --bpe wordpiece")
+            raise DataError("--wordpiece-cased is for --bpe wordpiece")
         options["wordpiece_cased"] = True
     encoding = Encoding(args.bpe, tuple(options.items()), str(dictionary))
     try:
         tools(encoding)
     except (ImportError, OSError, RuntimeError, ValueError) as error:
-        raise GlueError(f"--bpe {args.bpe}, --dict {args.dict}: {error}") from error
+        raise DataError(f"--bpe {args.bpe}, --dict {args.dict}: {error}") from error
     return encoding, {"name": args.bpe, "options": options, "sha256": sums}

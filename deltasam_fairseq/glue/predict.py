@@ -21,30 +21,27 @@ import torch
 from fairseq import checkpoint_utils, utils
 from fairseq.data import Dictionary
 
+from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.glue.tasks import TASKS
 from deltasam_fairseq.glue.write_splits import without_paths
 
 NAMES = {("MNLI", "test"): "MNLI-m", ("MNLI", "test1"): "MNLI-mm"}
 
 
-class PredictionError(ValueError):
-    """What is wrong with the arguments, and the remedy."""
-
-
 def read_record(data: Path) -> Dict[str, Any]:
     """Return what glue.prepare wrote about the data.
 
     Raises:
-        PredictionError: it is not there, or there is no test split.
+        DataError: it is not there, or there is no test split.
     """
     path = data / "task.json"
     if not path.is_file():
-        raise PredictionError(
+        raise DataError(
             f"--data {data}: no task.json; make it with python -m deltasam_fairseq.glue.prepare"
         )
     record = json.loads(path.read_text(encoding="utf-8"))
     if not any(split.startswith("test") for split in record["splits"]):
-        raise PredictionError(
+        raise DataError(
             f"--data {data}: it has no test split; run python -m deltasam_fairseq.glue.prepare "
             "on a folder of GLUE with test.tsv"
         )
@@ -55,21 +52,21 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
     """Compare the task of the data with that of the data which the checkpoint was trained on.
 
     Raises:
-        PredictionError: they differ in task, kind, labels or encoding, as far as it can be known.
+        DataError: they differ in task, kind, labels or encoding, as far as it can be known.
     """
     if not path.is_file():
-        raise PredictionError(f"--path {path}: no such file")
+        raise DataError(f"--path {path}: no such file")
     state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
     options = state["cfg"]["task"] or {}
     origin = Path(options.get("data") or "") / "task.json"
     if origin.is_file():
         made = json.loads(origin.read_text(encoding="utf-8"))
         if made["task"] != record["task"]:
-            raise PredictionError(
+            raise DataError(
                 f"--path {path}: trained on {made['task']}, the data is {record['task']}"
             )
         if without_paths(made["bpe"]) != without_paths(record["bpe"]):
-            raise PredictionError(
+            raise DataError(
                 f"--path {path}: trained on data of another BPE or dictionary; run glue.prepare "
                 f"with what {origin.parent} was made with"
             )
@@ -77,7 +74,7 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
     if names.is_file() and record["scale"] is None:
         labels = Dictionary.load(str(names)).symbols[Dictionary().nspecial :]
         if labels[: len(record["labels"])] != list(record["labels"]):
-            raise PredictionError(
+            raise DataError(
                 f"--path {path}: trained with the labels {' '.join(labels)} in this order, the "
                 f"data has {' '.join(record['labels'])}: its classes mean other labels; train it "
                 "on data that glue.prepare made"
@@ -91,7 +88,7 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
     found = "scores" if scores else f"{classes} classes"
     wanted = "scores" if record["scale"] is not None else f"{len(record['labels'])} classes"
     if found != wanted:
-        raise PredictionError(f"--path {path}: trained for {found}, the data has {wanted}")
+        raise DataError(f"--path {path}: trained for {found}, the data has {wanted}")
 
 
 @torch.no_grad()
@@ -120,7 +117,7 @@ def answers(record: Dict[str, Any], task: Any, rows: torch.Tensor) -> List[str]:
     """Return one line a sentence: its label's name, or its score on the task's scale, within it.
 
     Raises:
-        PredictionError: the model was trained with other labels.
+        DataError: the model was trained with other labels.
     """
     if record["scale"] is not None:
         found = rows.view(-1) * record["scale"]
@@ -130,7 +127,7 @@ def answers(record: Dict[str, Any], task: Any, rows: torch.Tensor) -> List[str]:
     labels = record["labels"]
     symbols = task.label_dictionary.symbols[task.label_dictionary.nspecial :][: len(labels)]
     if rows.size(1) != len(labels) or list(symbols) != list(labels):
-        raise PredictionError(
+        raise DataError(
             f"the checkpoint has {rows.size(1)} classes and labels {symbols}, the data has {labels}"
         )
     return [labels[i] for i in rows.argmax(dim=1).tolist()]
@@ -150,7 +147,7 @@ def main() -> int:
         for path in args.path:
             check_origin(path, record)
         if args.out.exists() and not args.out.is_dir():
-            raise PredictionError(f"--out {args.out}: is a file; give a folder")
+            raise DataError(f"--out {args.out}: is a file; give a folder")
         models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
             [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
         )
@@ -171,7 +168,7 @@ def main() -> int:
             partial.write_text(f"index\tprediction\n{text}", encoding="utf-8")
             partial.replace(path)
             print(f"{path}: {len(lines)} rows")
-    except PredictionError as error:
+    except DataError as error:
         print(f"glue.predict: {error}", file=sys.stderr)
         return 2
     return 0

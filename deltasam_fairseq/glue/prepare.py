@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import Dict
 
 from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of, positive
-from deltasam_fairseq.glue.tasks import GLUE, TASKS, GlueError, Task, own_task
+from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.glue.tasks import GLUE, TASKS, Task, own_task
 
 
 def split_files(name: str) -> Dict[str, str]:
@@ -44,11 +45,11 @@ def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
     names = list(GLUE) if args.task == ["all"] else list(dict.fromkeys(args.task))
     own = [name for name in names if name not in TASKS]
     if own and not args.columns:
-        raise GlueError(
+        raise DataError(
             f"--task {own[0]}: GLUE has {', '.join(GLUE)}; for data of your own give --columns"
         )
     if not own and (args.columns or args.regression):
-        raise GlueError("--columns, --regression: only for data of your own, see --task")
+        raise DataError("--columns, --regression: only for data of your own, see --task")
     scale = args.regression or 0.0
     return {
         name: TASKS[name] if name in TASKS else own_task(args.glue_dir, name, args.columns, scale)
@@ -118,7 +119,7 @@ def main() -> None:
     options = parser()
     try:
         prepare(options.parse_args())
-    except GlueError as error:
+    except DataError as error:
         options.exit(2, f"glue.prepare: {error}\n")
 
 

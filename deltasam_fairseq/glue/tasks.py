@@ -11,9 +11,7 @@ import re
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Sequence, Tuple
 
-
-class GlueError(ValueError):
-    """Something is wrong with the data or the options; the message says what and what to do."""
+from deltasam_fairseq.data.files import NOT_DATA, DataError
 
 
 class Task(NamedTuple):
@@ -113,11 +111,6 @@ FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
 # Columns by which a prediction is told apart; a test file without one is numbered from 0.
 ID_COLUMNS = ("index", "id")
-NOT_DATA = {
-    rb'\s*(<\?xml|<!doctype|<html|\{\s*"error")': "an error page, not data: download it again",
-    rb"PK\x03\x04|\x1f\x8b": "a packed archive: unpack it",
-    rb"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
-}
 MRPC_REMEDY = """\
 the download broke off before GLUE's split of MRPC into train and dev. \
 In {folder}, fetch https://dl.fbaipublicfiles.com/glue/data/mrpc_dev_ids.tsv and run
@@ -138,21 +131,21 @@ def find_file(folder: Path, name: str, file: str) -> Path:
     """Return the path of a task's file.
 
     Raises:
-        GlueError: it is missing, or is one of the things that broken downloads leave.
+        DataError: it is missing, or is one of the things that broken downloads leave.
     """
     path = folder / name / f"{file}.tsv"
     if not path.is_file():
         if (path.parent / "msr_paraphrase_train.txt").is_file():
-            raise GlueError(f"{path} is missing: {MRPC_REMEDY.format(folder=path.parent)}")
+            raise DataError(f"{path} is missing: {MRPC_REMEDY.format(folder=path.parent)}")
         archive = folder / f"{name}.zip"
         if archive.is_file() and not path.parent.is_dir():
-            raise GlueError(f"{path} is missing: unpack {archive}")
-        raise GlueError(f"{path} is missing; --glue-dir is the folder that has {name}/{file}.tsv")
+            raise DataError(f"{path} is missing: unpack {archive}")
+        raise DataError(f"{path} is missing; --glue-dir is the folder that has {name}/{file}.tsv")
     with path.open("rb") as binary:
         head = binary.read(512)
     for pattern, what in NOT_DATA.items():
         if re.match(pattern, head, re.IGNORECASE):
-            raise GlueError(f"{path} is {what}")
+            raise DataError(f"{path} is {what}")
     return path
 
 
@@ -160,13 +153,13 @@ def check_rows(path: Path, name: str, task: Task, rows: int) -> None:
     """Compare the number of rows with the official one.
 
     Raises:
-        GlueError: they differ.
+        DataError: they differ.
     """
     official = task.rows.get(path.stem, (rows,))
     if rows in official:
         return
     hint = KNOWN_ROWS.get((name, rows), "is the download complete and unchanged?")
-    raise GlueError(
+    raise DataError(
         f"{path}: {rows} rows, official are {' or '.join(map(str, official))}; {hint} "
         "(--any-rows goes on with them)"
     )
@@ -189,7 +182,7 @@ def read_lines(path: Path) -> List[List[str]]:
         with path.open(encoding="utf-8-sig", newline="\n") as file:
             lines = [line.rstrip("\r\n").split("\t") for line in file]
     except UnicodeDecodeError as error:
-        raise GlueError(f"{path} is not UTF-8 ({error}); save it as that") from error
+        raise DataError(f"{path} is not UTF-8 ({error}); save it as that") from error
     while lines and lines[-1] == [""]:
         lines.pop()
     return lines
@@ -199,7 +192,7 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
     """Read a TSV file of a task.
 
     Raises:
-        GlueError: a column is missing, or a row is cut.
+        DataError: a column is missing, or a row is cut.
     """
     rows = read_lines(path)
     columns = (*task.sentences, task.label) if labelled else task.sentences
@@ -208,7 +201,7 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
         header = tuple(rows.pop(0))
     elif not header:
         found = ", ".join(rows[0]) if rows else "nothing"
-        raise GlueError(f"{path}, line 1: expected columns {', '.join(columns)}, found {found}")
+        raise DataError(f"{path}, line 1: expected columns {', '.join(columns)}, found {found}")
     where = [header.index(column) for column in columns]
     needed = 1 + max(where)
     exact = task.exact if labelled else 0
@@ -219,11 +212,11 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
         if len(row) < needed or (task.own and len(row) != len(rows[0])):
             short = len(row) < needed
             expected = f"{needed} or more" if short else f"{len(rows[0])} as in the first row"
-            raise GlueError(f"{path}, line {line}: {len(row)} columns, expected {expected}")
+            raise DataError(f"{path}, line {line}: {len(row)} columns, expected {expected}")
         kept.append(row)
         lines.append(line)
     if not kept:
-        raise GlueError(f"{path} has no rows")
+        raise DataError(f"{path} has no rows")
     by_column = [tuple(row[column] for row in kept) for column in where]
     labels = by_column.pop() if labelled else ()
     ids = next((header.index(column) for column in ID_COLUMNS if column in header), None)
@@ -238,7 +231,7 @@ def has_labels(path: Path, task: Task) -> bool:
 
 
 def check_labels(table: Table, task: Task) -> None:
-    """Raise a GlueError that names the first label or score that is not one of the task's."""
+    """Raise a DataError that names the first label or score that is not one of the task's."""
     for line, label in zip(table.lines, table.labels):
         if task.labels and label not in task.labels:
             expected = f"one of {', '.join(task.labels)}"
@@ -246,7 +239,7 @@ def check_labels(table: Table, task: Task) -> None:
             expected = "a number" if task.own else f"a number from 0 to {task.scale:g}"
         else:
             continue
-        raise GlueError(f"{table.path}, line {line}: label {label!r}, expected {expected}")
+        raise DataError(f"{table.path}, line {line}: label {label!r}, expected {expected}")
 
 
 def _is_score(text: str, highest: float) -> bool:
@@ -267,7 +260,7 @@ def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> T
     """
     sentences, label = tuple(columns[0].split(",")), columns[1]
     if not 1 <= len(sentences) <= 2:
-        raise GlueError(f"--columns {' '.join(columns)}: one or two sentences, as in 1,2 3")
+        raise DataError(f"--columns {' '.join(columns)}: one or two sentences, as in 1,2 3")
     names: Tuple[str, ...] = ()
     if all(re.fullmatch("[1-9][0-9]*", column) for column in (*sentences, label)):
         names = tuple(f"column {i + 1}" for i in range(max(map(int, (*sentences, label)))))
@@ -275,7 +268,7 @@ def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> T
     task = Task(sentences, label, (), {}, names, scale=scale or 1.0, own=True)
     train = find_file(folder, name, "train")
     if names and read_lines(train)[:1] == read_lines(find_file(folder, name, "dev"))[:1]:
-        raise GlueError(
+        raise DataError(
             f"{train}: its first line is that of dev.tsv too, so it looks like a header; "
             "give the names of the columns to --columns"
         )
@@ -284,5 +277,5 @@ def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> T
     labels = sorted(set(read_table(train, task).labels))
     for label in labels:
         if not label.strip() or label in FAIRSEQ_SYMBOLS:
-            raise GlueError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
+            raise DataError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
     return task._replace(labels=tuple(labels))

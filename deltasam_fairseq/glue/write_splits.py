@@ -17,11 +17,9 @@ from deltasam_fairseq.data.binarize import (
     encode_lines,
     tools,
     write_items,
-    write_whole,
 )
-from deltasam_fairseq.data.downloads import sha256
+from deltasam_fairseq.data.files import DataError, atomic_write, sha256
 from deltasam_fairseq.glue.tasks import (
-    GlueError,
     Table,
     Task,
     check_labels,
@@ -117,7 +115,7 @@ def check_splits(splits: List[Split], any_rows: bool) -> None:
 
 
 def read_split(split: Split, any_rows: bool) -> Table:
-    """Read a split's file; raises a GlueError if it is not what it should be."""
+    """Read a split's file; raises a DataError if it is not what it should be."""
     table = read_table(split.source, split.task, split.labelled)
     check_labels(table, split.task)
     if not any_rows:
@@ -126,7 +124,7 @@ def read_split(split: Split, any_rows: bool) -> Table:
         held = held_out(len(table.ids), split.hold_out)
         table = select(table, held if split.name == "valid" else ~held)
         if not table.ids:
-            raise GlueError(
+            raise DataError(
                 f"--hold-out {split.hold_out}: leaves no row of {split.source} for {split.name}; "
                 "give a share between 0 and 1 that leaves rows for both"
             )
@@ -161,7 +159,7 @@ def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> flo
     total = sum(len(item) - 1 for item in items)  # without the end marks
     unknown = sum(int((item == dictionary.unk()).sum()) for item in items)
     if 2 * unknown > total:
-        raise GlueError(
+        raise DataError(
             f"{split.source}: {unknown} of {total} tokens are not in --dict "
             f"{encoding.dictionary}; give the dict.txt that belongs to the BPE's files"
         )
@@ -174,10 +172,10 @@ def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> flo
         write_items(pairs, len(labels), label)
     elif split.labelled:
         scores = (float(text) / split.task.scale for text in table.labels)
-        write_whole(label.with_name(f"{split.name}.label"), "".join(f"{s}\n" for s in scores))
+        atomic_write(label.with_name(f"{split.name}.label"), "".join(f"{s}\n" for s in scores))
     if split.name.startswith("test"):
         ids = "".join(f"{name}\n" for name in table.ids)
-        write_whole(split.out / "id" / f"{split.name}.txt", ids)
+        atomic_write(split.out / "id" / f"{split.name}.txt", ids)
     return unknown / max(total, 1)
 
 
@@ -218,15 +216,15 @@ def write_task(
         description["hold_out"] = splits[0].hold_out
 
     def save_record() -> None:
-        write_whole(out / RECORD, json.dumps(description, indent=1) + "\n")
+        atomic_write(out / RECORD, json.dumps(description, indent=1) + "\n")
 
     save_record()
     words = Path(encoding.dictionary).read_bytes()
     for i in range(len(task.sentences)):
-        write_whole(out / f"input{i}" / "dict.txt", words)
+        atomic_write(out / f"input{i}" / "dict.txt", words)
     if task.labels:
         lines = "".join(f"{label} 1\n" for label in task.labels)
-        write_whole(out / "label" / "dict.txt", lines)
+        atomic_write(out / "label" / "dict.txt", lines)
     for split in splits:
         if split.name in finished:
             print(f"{name} {split.name}: already there, {out}")

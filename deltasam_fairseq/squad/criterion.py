@@ -14,7 +14,7 @@ from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLo
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.plain import NoRegulariser
-from deltasam_fairseq.squad.metrics import judged
+from deltasam_fairseq.squad.metrics import score_answer
 from deltasam_fairseq.squad.predictions import (
     WindowPrediction,
     Windows,
@@ -84,8 +84,8 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
         for number, text, score, null in self.answers(sample, spans):
             question = self.task.questions[number]
             golds, version_2 = question.answers, question.version_2
-            exact, f1 = judged(text, golds, version_2)
-            nothing = judged("", golds, version_2)[0] if version_2 else 0.0
+            exact, f1 = score_answer(text, golds, version_2)
+            nothing = score_answer("", golds, version_2)[0] if version_2 else 0.0
             threshold = self.null_threshold if version_2 else None
             found.append(
                 tuple(WindowPrediction(number, score, null, exact, f1, nothing, threshold))

@@ -41,7 +41,7 @@ def token_f1(predicted: str, gold: str, version_2: bool) -> float:
     return 2 * precision * recall / (precision + recall)
 
 
-def judged(predicted: str, golds: Sequence[str], version_2: bool) -> Tuple[float, float]:
+def score_answer(predicted: str, golds: Sequence[str], version_2: bool) -> Tuple[float, float]:
     """Exact match and F1 of an answer, each the best over the gold answers, 0 to 1.
 
     Args:

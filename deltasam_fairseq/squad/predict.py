@@ -26,37 +26,33 @@ from deltasam_fairseq.checkpoints import (
     CheckpointDamagedError,
     CheckpointRefusedError,
 )
-from deltasam_fairseq.data.binarize import write_whole
 from deltasam_fairseq.data.encoding_options import positive
+from deltasam_fairseq.data.files import DataError, atomic_write
 from deltasam_fairseq.glue.write_splits import without_paths
-from deltasam_fairseq.squad.metrics import judged
+from deltasam_fairseq.squad.metrics import score_answer
 from deltasam_fairseq.squad.questions import read_record
 from deltasam_fairseq.squad.spans import Candidate
 
 TASK = "span_prediction"
 
 
-class PredictionError(ValueError):
-    """What is wrong with the arguments, and the remedy."""
-
-
 def check(args: argparse.Namespace) -> Dict[str, Any]:
     """Return what task.json says of the split.
 
     Raises:
-        PredictionError: a file or the split is not there.
+        DataError: a file or the split is not there.
     """
     try:
         record = read_record(args.data)
     except ValueError as error:
-        raise PredictionError(f"--data {error}") from error
+        raise DataError(f"--data {error}") from error
     for path in args.path:
         check_checkpoint(path, record)
     if args.out.exists() and not args.out.is_dir():
-        raise PredictionError(f"--out {args.out}: is a file; give a folder")
+        raise DataError(f"--out {args.out}: is a file; give a folder")
     splits = record["splits"]
     if args.split not in splits:
-        raise PredictionError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
+        raise DataError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
     return splits[args.split]
 
 
@@ -64,26 +60,26 @@ def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
     """Compare the data that a checkpoint was trained on with the data to predict.
 
     Raises:
-        PredictionError: it cannot be read, has too few positions, or is of another task or
+        DataError: it cannot be read, has too few positions, or is of another task or
             encoding, as far as it can be known.
     """
     if not path.is_file():
-        raise PredictionError(f"--path {path}: no such file")
+        raise DataError(f"--path {path}: no such file")
     try:
         options = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"] or {}
     except (CheckpointDamagedError, CheckpointRefusedError) as error:
-        raise PredictionError(f"--path: {error}") from error  # names the file itself
+        raise DataError(f"--path: {error}") from error  # names the file itself
     except (AttributeError, KeyError, TypeError) as error:  # of fairseq's, which expects its own
-        raise PredictionError(
+        raise DataError(
             f"--path {path}: no checkpoint of fairseq ({type(error).__name__}: {error}); give one "
             "that fairseq-train has written"
         ) from error
     name = options.get("_name")
     if name != TASK:
-        raise PredictionError(f"--path {path}: of --task {name}, not of --task {TASK}")
+        raise DataError(f"--path {path}: of --task {name}, not of --task {TASK}")
     positions, longest = options["max_positions"], record["max_seq_length"]
     if longest > positions:
-        raise PredictionError(
+        raise DataError(
             f"--path {path}: the model has --max-positions {positions}, the windows of the data "
             f"have up to {longest} tokens; prepare them with --max-seq-length {positions}"
         )
@@ -93,7 +89,7 @@ def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
     made = read_record(origin)
     for key in ("bpe", "separators"):
         if without_paths(made.get(key)) != without_paths(record.get(key)):
-            raise PredictionError(
+            raise DataError(
                 f"--path {path}: trained on data of another {key}; run squad.prepare with what "
                 f"{origin} was made with"
             )
@@ -129,7 +125,7 @@ def write(args: argparse.Namespace, entry: Dict[str, Any], task: Any, found: Dic
         odds[question.id] = candidate.null_odds
         answers[question.id] = "" if candidate.null_odds > threshold else candidate.answer
         if entry["labelled"]:
-            values.append(judged(answers[question.id], question.answers, question.version_2))
+            values.append(score_answer(answers[question.id], question.answers, question.version_2))
     files: Dict[str, Any] = {"predictions.json": answers}
     if entry["version_2"]:
         files["null_odds.json"] = odds
@@ -138,7 +134,7 @@ def write(args: argparse.Namespace, entry: Dict[str, Any], task: Any, found: Dic
         files["metrics.json"] = {"exact_match": exact, "f1": f1, "total": len(values)}
         print(f"exact_match {exact:.2f}, f1 {f1:.2f}")
     for name, content in files.items():
-        write_whole(args.out / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
+        atomic_write(args.out / name, json.dumps(content, ensure_ascii=False, indent=1) + "\n")
     print(f"{args.out / 'predictions.json'}: {len(answers)} answers")
 
 
@@ -179,7 +175,7 @@ def main() -> int:
             if torch.cuda.is_available():
                 model.cuda()
         write(args, entry, task, candidates(models, task, criterion, args.split, args.batch_size))
-    except PredictionError as error:
+    except DataError as error:
         print(f"squad.predict: {error}", file=sys.stderr)
         return 2
     return 0

@@ -20,23 +20,22 @@ import argparse
 from pathlib import Path
 
 from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of, positive
-from deltasam_fairseq.glue.tasks import GlueError
+from deltasam_fairseq.data.files import DataError
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Check all that is asked for, then write it."""
     from deltasam_fairseq.data.binarize import processes  # not above: --help without fairseq
-    from deltasam_fairseq.squad.read_json import SquadError
     from deltasam_fairseq.squad.windows import Layout
     from deltasam_fairseq.squad.write_splits import split_of, write_splits
 
     files = {name: getattr(args, name) for name in ("train", "valid", "test")}
     if not any(files.values()):
-        raise SquadError("give --train, --valid or --test, a file of SQuAD's layout")
+        raise DataError("give --train, --valid or --test, a file of SQuAD's layout")
     separators = args.separators or (1 if args.bpe == "wordpiece" else 2)
     room = args.max_seq_length - args.max_query_length - separators - 2
     if room < args.doc_stride:
-        raise SquadError(
+        raise DataError(
             f"--max-seq-length {args.max_seq_length}: with a question of --max-query-length "
             f"{args.max_query_length} a window has {room} tokens of the context, fewer than "
             f"--doc-stride {args.doc_stride}: some would be in no window; change one of them"
@@ -84,7 +83,7 @@ def main() -> None:
     options = parser()
     try:
         prepare(options.parse_args())
-    except GlueError as error:
+    except DataError as error:
         options.exit(2, f"squad.prepare: {error}\n")
 
 

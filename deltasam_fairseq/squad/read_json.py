@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Sequence, Set, Tuple, Type, TypeVar
 
-from deltasam_fairseq.glue.tasks import NOT_DATA, GlueError
+from deltasam_fairseq.data.files import NOT_DATA, DataError
 
 # Questions of the files that SQuAD publishes.
 OFFICIAL = {
@@ -18,10 +18,6 @@ OFFICIAL = {
 }
 JSON_TYPES = {str: "a string", int: "a whole number", bool: "true or false", list: "a list"}
 T = TypeVar("T")
-
-
-class SquadError(GlueError):
-    """Something is wrong with the data or the options; the message says what and what to do."""
 
 
 class Answer(NamedTuple):
@@ -60,18 +56,18 @@ def read_json(path: Path) -> Any:
     """Return the content of a JSON file.
 
     Raises:
-        SquadError: it is missing, is something else, or is cut short.
+        DataError: it is missing, is something else, or is cut short.
     """
     if not path.is_file():
-        raise SquadError(f"{path}: no such file; give SQuAD's train-v1.1.json, or one like it")
+        raise DataError(f"{path}: no such file; give SQuAD's train-v1.1.json, or one like it")
     content = path.read_bytes()
     for pattern, what in NOT_DATA.items():
         if re.match(pattern, content[:512], re.IGNORECASE):
-            raise SquadError(f"{path} is {what}")
+            raise DataError(f"{path} is {what}")
     try:
         return json.loads(content.decode("utf-8-sig"))
     except ValueError as error:
-        raise SquadError(
+        raise DataError(
             f"{path} is not JSON ({error}); was the download cut short? fetch it again"
         ) from error
 
@@ -84,16 +80,16 @@ def value(entry: Dict[str, Any], key: str, kind: Type[T], place: str) -> T:
 
     Raises:
         KeyError: it is not there.
-        SquadError: it is of another type, or a string with half of a surrogate pair.
+        DataError: it is of another type, or a string with half of a surrogate pair.
     """
     found = entry[key]
     if type(found) is not kind:  # true is an int to isinstance
-        raise SquadError(f"{place}: {key} is {json.dumps(found):.40}, not {JSON_TYPES[kind]}")
+        raise DataError(f"{place}: {key} is {json.dumps(found):.40}, not {JSON_TYPES[kind]}")
     if isinstance(found, str):
         try:
             found.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise SquadError(
+            raise DataError(
                 f"{place}: {key} has half of a surrogate pair, {ascii(found[error.start])}, at "
                 f"character {error.start}, which is no text; was a text cut between the two?"
             ) from error
@@ -110,7 +106,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
             where the file says.
 
     Raises:
-        SquadError: naming the file, the question, and what is wrong.
+        DataError: naming the file, the question, and what is wrong.
     """
     content = read_json(path)
     contexts: List[str] = []
@@ -128,7 +124,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
                     found.append((len(contexts), entry))
                 contexts.append(value(paragraph, "context", str, place))
     except (KeyError, TypeError, IndexError) as error:
-        raise SquadError(
+        raise DataError(
             f"{path} has not SQuAD's layout ({type(error).__name__}: {error}): data, paragraphs, "
             "context, qas, id, question"
         ) from error
@@ -143,7 +139,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
             every = _answers(path, name, entry, version_2)
             wrong = [answer for answer in every if not _is_there(answer, contexts[context])]
             if wrong and not any_rows:
-                raise SquadError(
+                raise DataError(
                     f"{path}, question {name}: the answer {wrong[0].text!r} does not stand at "
                     f"character {wrong[0].start} of its context; answer_start counts characters "
                     "from 0 (--any-rows leaves such answers out)"
@@ -154,7 +150,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
                 continue
         questions.append(Question(name, text, context, tuple(answers)))
     if not questions:
-        raise SquadError(f"{path} has no questions")
+        raise DataError(f"{path} has no questions")
     return Squad(contexts, questions, version_2, labelled, left_out)
 
 
@@ -162,11 +158,11 @@ def _check_questions(path: Path, ids: Sequence[str], any_rows: bool) -> None:
     seen: Set[str] = set()
     for name in ids:
         if name in seen:
-            raise SquadError(f"{path}: two questions have the id {name}; give each its own")
+            raise DataError(f"{path}: two questions have the id {name}; give each its own")
         seen.add(name)
     official = OFFICIAL.get(path.name, len(ids))
     if len(ids) != official and not any_rows:
-        raise SquadError(
+        raise DataError(
             f"{path}: {len(ids)} questions, official are {official}; is the download complete and "
             "unchanged? (--any-rows goes on with them)"
         )
@@ -180,12 +176,12 @@ def _answers(path: Path, name: str, entry: Dict[str, Any], version_2: bool) -> L
             for a in value(entry, "answers", list, place)
         ]
     except (KeyError, TypeError) as error:
-        raise SquadError(
+        raise DataError(
             f"{path}, question {name}: no answers with text and answer_start ({error}); a file "
             "without answers can be given to --test only"
         ) from error
     if not answers and not version_2:
-        raise SquadError(
+        raise DataError(
             f'{path}, question {name}: no answer; in SQuAD 2.0 it has "is_impossible": true'
         )
     return answers

@@ -18,11 +18,10 @@ from deltasam_fairseq.data.binarize import (
     in_chunks,
     tools,
     write_items,
-    write_whole,
 )
-from deltasam_fairseq.data.downloads import sha256
+from deltasam_fairseq.data.files import DataError, atomic_write, sha256
 from deltasam_fairseq.glue.write_splits import RECORD, read_record, without_paths
-from deltasam_fairseq.squad.read_json import Question, Squad, SquadError, read_squad
+from deltasam_fairseq.squad.read_json import Question, Squad, read_squad
 from deltasam_fairseq.squad.token_offsets import Encoded, encode
 from deltasam_fairseq.squad.windows import Layout, Window
 
@@ -47,9 +46,9 @@ class Split(NamedTuple):
 def split_of(
     name: str, source: Path, out: Path, layout: Layout, any_rows: bool, bpe: Dict[str, Any]
 ) -> Split:
-    """Return a split; raises a SquadError if its file is missing."""
+    """Return a split; raises a DataError if its file is missing."""
     if not source.is_file():
-        raise SquadError(f"--{name} {source}: no such file")
+        raise DataError(f"--{name} {source}: no such file")
     facts = [VERSION, name, layout, any_rows, sha256(source), bpe["name"], bpe["sha256"]]
     facts += [bpe["options"].get("wordpiece_cased", False)]
     digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
@@ -84,7 +83,7 @@ def read_split(split: Split, encoding: Encoding, run: Map) -> Content:
     """Read and encode one split; answers are needed in all but test.
 
     Raises:
-        SquadError: the file is not what it should be, or does not go with the BPE and dict.txt.
+        DataError: the file is not what it should be, or does not go with the BPE and dict.txt.
     """
     squad = read_squad(split.source, split.name != "test", split.any_rows)
     work = functools.partial(encode, encoding)
@@ -93,7 +92,7 @@ def read_split(split: Split, encoding: Encoding, run: Map) -> Content:
     _check_known(split, encoding, [*contexts, *texts])
     for question in squad.questions:
         if not len(contexts[question.context].tokens):
-            raise SquadError(f"{split.source}, question {question.id}: its context is empty")
+            raise DataError(f"{split.source}, question {question.id}: its context is empty")
     return Content(squad, contexts, texts)
 
 
@@ -123,13 +122,13 @@ def write_split(split: Split, content: Content, dictionary: Dictionary) -> Dict[
     write_items((window.tokens for window in windows), len(dictionary), prefix)
     offsets = (context.offsets.reshape(-1) for context in contexts)
     write_items(offsets, INTEGERS, Path(f"{prefix}.offsets"))
-    write_whole(Path(f"{prefix}.windows.npy"), table.getvalue())
+    atomic_write(Path(f"{prefix}.windows.npy"), table.getvalue())
     questions = {
         "version_2": squad.version_2,
         "contexts": squad.contexts,
         "questions": [[q.id, q.context, [a.text for a in q.answers]] for q in squad.questions],
     }
-    write_whole(Path(f"{prefix}.json"), json.dumps(questions))
+    atomic_write(Path(f"{prefix}.json"), json.dumps(questions))
     return {
         "file": split.source.name,
         "questions": len(squad.questions),
@@ -146,7 +145,7 @@ def _check_known(split: Split, encoding: Encoding, texts: List[Encoded]) -> None
     total = sum(len(text.tokens) for text in texts)
     unknown = sum(int((text.tokens == unk).sum()) for text in texts)
     if 2 * unknown > total:
-        raise SquadError(
+        raise DataError(
             f"{split.source}: {unknown} of {total} tokens are not in --dict "
             f"{encoding.dictionary}; give the dict.txt that belongs to the BPE's files"
         )
@@ -169,7 +168,7 @@ def others(splits: List[Split], description: Dict[str, Any]) -> Dict[str, Any]:
     """Return what task.json says of the splits that are in the folder but not asked for.
 
     Raises:
-        SquadError: they were made with other options or another BPE; one folder has one of each.
+        DataError: they were made with other options or another BPE; one folder has one of each.
     """
     out, names = splits[0].out, {split.name for split in splits}
     found = {name: entry for name, entry in read_record(out).items() if name not in names}
@@ -179,7 +178,7 @@ def others(splits: List[Split], description: Dict[str, Any]) -> Dict[str, Any]:
     for key, value in description.items():
         if without_paths(old.get(key)) != without_paths(value):
             files = " ".join(f"--{name} JSON" for name in found)
-            raise SquadError(
+            raise DataError(
                 f"--out {out} also has {', '.join(found)}, made with another {key}: make them anew "
                 f"by giving {files} too, or give another --out"
             )
@@ -194,7 +193,7 @@ def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, r
     the folder that are not asked for stay.
 
     Raises:
-        SquadError: a file is not what it should be, or the folder has splits that do not go with
+        DataError: a file is not what it should be, or the folder has splits that do not go with
             these; nothing has been written then.
     """
     out = splits[0].out
@@ -212,10 +211,10 @@ def write_splits(splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, r
                 path.unlink()
 
     def save_record() -> None:
-        write_whole(out / RECORD, json.dumps({**description, "splits": there}, indent=1) + "\n")
+        atomic_write(out / RECORD, json.dumps({**description, "splits": there}, indent=1) + "\n")
 
     save_record()
-    write_whole(out / "dict.txt", Path(encoding.dictionary).read_bytes())
+    atomic_write(out / "dict.txt", Path(encoding.dictionary).read_bytes())
     for split in splits:
         if split.name not in waiting:
             print(f"{split.name}: already there, {out}")

@@ -17,7 +17,7 @@ import time
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
-from deltasam_fairseq.data.downloads import sha256
+from deltasam_fairseq.data.files import sha256
 
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"

@@ -8,7 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Dict, List
 
-from deltasam_fairseq.data.binarize import write_whole
+from deltasam_fairseq.data.files import atomic_write
 from scripts.benchmark.cost_model import table
 from scripts.benchmark.figures import WITHOUT_GRAPH, spread
 from scripts.benchmark.phases import ADDED, REST
@@ -155,10 +155,10 @@ def plot_sweep(record: Dict[str, Any], path: Path) -> None:
 
 def write_report(record: Dict[str, Any], out: Path, plot: bool) -> str:
     """Write benchmark.json, benchmark.md, and sweep.png if asked for; return the Markdown."""
-    write_whole(out / "benchmark.json", json.dumps(record, indent=1) + "\n")
+    atomic_write(out / "benchmark.json", json.dumps(record, indent=1) + "\n")
     text = markdown(record)
     if plot:
         plot_sweep(record, out / "sweep.png")
         text += "\n![Time of an update](sweep.png)\n"
-    write_whole(out / "benchmark.md", text)
+    atomic_write(out / "benchmark.md", text)
     return text

@@ -16,9 +16,10 @@ from fairseq.data import Dictionary, data_utils
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode, get_encoder
 from fairseq.tasks.sentence_prediction import SentencePredictionConfig, SentencePredictionTask
 
+from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.glue import prepare as prepare_glue
 from deltasam_fairseq.glue import write_splits as glue_splits
-from deltasam_fairseq.glue.tasks import GLUE, TASKS, GlueError, check_rows, find_file, read_table
+from deltasam_fairseq.glue.tasks import GLUE, TASKS, check_rows, find_file, read_table
 
 # Rows of train, the dev files and the test files, as GLUE publishes them.
 OFFICIAL = {
@@ -122,26 +123,26 @@ def test_official_rows(name):
         path = Path("GLUE", name, f"{file}.tsv")
         check_rows(path, name, task, rows)
         message = f"{path}: {rows - 1} rows, official are {rows}.*--any-rows"
-        with pytest.raises(GlueError, match=message):
+        with pytest.raises(DataError, match=message):
             check_rows(path, name, task, rows - 1)
 
 
 def test_older_releases():
     for rows in (363849, 363870):
         check_rows(Path("train.tsv"), "QQP", TASKS["QQP"], rows)
-    with pytest.raises(GlueError, match="108436 rows.*QNLI v1"):
+    with pytest.raises(DataError, match="108436 rows.*QNLI v1"):
         check_rows(Path("train.tsv"), "QNLI", TASKS["QNLI"], 108436)
-    with pytest.raises(GlueError, match="dev_ids"):
+    with pytest.raises(DataError, match="dev_ids"):
         check_rows(Path("train.tsv"), "MRPC", TASKS["MRPC"], 4076)
 
 
 def test_rows_are_checked_and_any_rows_goes_on(tmp_path, gpt2):
     write_sst(tmp_path, [("a", "1")], [("b", "0")])
-    with pytest.raises(GlueError, match=r"train.tsv: 1 rows, official are 67349"):
+    with pytest.raises(DataError, match=r"train.tsv: 1 rows, official are 67349"):
         prepare(tmp_path, tmp_path / "out", "SST-2", gpt2)
     assert not (tmp_path / "out").exists()
     prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, "--any-rows")
-    with pytest.raises(GlueError, match="1 rows"):  # also when all is there
+    with pytest.raises(DataError, match="1 rows"):  # also when all is there
         prepare(tmp_path, tmp_path / "out", "SST-2", gpt2)
 
 
@@ -220,16 +221,16 @@ def test_mismatched_part(tmp_path, gpt2):
 def test_broken_files(content, message, tmp_path, gpt2):
     write_sst(tmp_path, [], [("a", "1")])
     (tmp_path / "SST-2" / "train.tsv").write_bytes(content)
-    with pytest.raises(GlueError, match=message):
+    with pytest.raises(DataError, match=message):
         prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, "--any-rows")
     assert not (tmp_path / "out").exists()
 
 
 def test_missing_files(tmp_path):
-    with pytest.raises(GlueError, match="--glue-dir is the folder that has RTE/train.tsv"):
+    with pytest.raises(DataError, match="--glue-dir is the folder that has RTE/train.tsv"):
         find_file(tmp_path, "RTE", "train")
     (tmp_path / "RTE.zip").touch()
-    with pytest.raises(GlueError, match=r"unpack .*RTE\.zip"):
+    with pytest.raises(DataError, match=r"unpack .*RTE\.zip"):
         find_file(tmp_path, "RTE", "train")
 
 
@@ -241,7 +242,7 @@ def test_remedy_for_the_unsplit_mrpc(tmp_path):
     rows = [["1", str(i), str(-i), f'one " {i}', f"two {i}"] for i in range(20)]
     write(folder / "msr_paraphrase_train.txt", header, *rows)
     write(folder / "mrpc_dev_ids.tsv", *(row[1:3] for row in rows[5:8]))
-    with pytest.raises(GlueError, match="broke off before GLUE's split") as error:
+    with pytest.raises(DataError, match="broke off before GLUE's split") as error:
         find_file(tmp_path, "MRPC", "train")
     command = str(error.value).split("run\n")[1]
     subprocess.run(command, shell=True, check=True, cwd=str(folder))
@@ -325,7 +326,7 @@ def test_held_out_rows_of_train_take_the_place_of_dev(tmp_path, gpt2):
     assert json.loads((tmp_path / "one" / "task.json").read_text())["hold_out"] == 0.2
     prepare(tmp_path, tmp_path / "one", "SST-2", gpt2, "--any-rows")
     assert sentences(tmp_path / "one", "valid", gpt2) == ["dev"]
-    with pytest.raises(GlueError, match="--hold-out 0.01: leaves no row"):
+    with pytest.raises(DataError, match="--hold-out 0.01: leaves no row"):
         prepare(tmp_path, tmp_path / "no", "SST-2", gpt2, "--any-rows", "--hold-out", "0.01")
 
 
@@ -385,7 +386,7 @@ def test_several_tasks_in_one_call(tmp_path, gpt2):
     write_sst(tmp_path, [("a", "1")], [("b", "0")])
     rows = LAYOUTS["RTE"][0].split(), ("0", "a", "b", "entailment")
     write(tmp_path / "RTE" / "train.tsv", *rows)
-    with pytest.raises(GlueError, match="RTE/dev.tsv is missing"):
+    with pytest.raises(DataError, match="RTE/dev.tsv is missing"):
         prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, "--any-rows", "--task", "SST-2", "RTE")
     assert not (tmp_path / "out").exists()
     write(tmp_path / "RTE" / "dev.tsv", *rows)
@@ -413,7 +414,7 @@ def test_own_task_with_labels_of_any_text(header, tmp_path, gpt2):
         assert [data[i]["target"].item() for i in range(len(classes))] == classes
 
     write(tmp_path / "MINE" / "dev.tsv", *top, ("odd", "unheard of"))
-    with pytest.raises(GlueError, match="label 'unheard of', expected one of bad, so so"):
+    with pytest.raises(DataError, match="label 'unheard of', expected one of bad, so so"):
         prepare(tmp_path, out, "MINE", gpt2, "--columns", *columns)
 
 
@@ -447,7 +448,7 @@ def test_own_task_that_is_not_right(rows, words, message, tmp_path, gpt2):
     write(tmp_path / "MINE" / "dev.tsv", rows[0], *rows[2:4])
     if "header" not in message:
         write(tmp_path / "MINE" / "dev.tsv", *rows[-1:0:-1])
-    with pytest.raises(GlueError, match=message):
+    with pytest.raises(DataError, match=message):
         prepare(tmp_path, tmp_path / "out", "MINE", gpt2, *words)
 
 
@@ -469,7 +470,7 @@ def test_scores_of_sts_b_are_divided_once_and_come_back(tmp_path, gpt2):
         scale = json.loads((tmp_path / "out" / "task.json").read_text())["scale"]
         assert [float(s) * scale for s in stored] == pytest.approx([float(s) for s in scores])
     write_sts(tmp_path, ["5.1"])
-    with pytest.raises(GlueError, match="label '5.1', expected a number from 0 to 5"):
+    with pytest.raises(DataError, match="label '5.1', expected a number from 0 to 5"):
         prepare(tmp_path, tmp_path / "out", "STS-B", gpt2, "--any-rows")
 
 
@@ -496,7 +497,7 @@ def test_urls_are_fetched_once_and_checked(tmp_path, gpt2, monkeypatch):
             tmp_path, tmp_path / "out", "SST-2", gpt2, "--any-rows", "--gpt2-encoder-json", where
         )
 
-    with pytest.raises(GlueError, match=f"has the checksum {digest}, expected 00.*or give a file"):
+    with pytest.raises(DataError, match=f"has the checksum {digest}, expected 00.*or give a file"):
         run(f"{url}#sha256={'0' * 64}")
     assert not list((tmp_path / "cache" / "deltasam_fairseq").iterdir())
     run(f"{url}#sha256={digest}")
@@ -506,10 +507,10 @@ def test_urls_are_fetched_once_and_checked(tmp_path, gpt2, monkeypatch):
     source.unlink()
     run(url)  # from the cache, by the checksum that was seen
     kept.write_text("{}")  # damaged: fetched anew
-    with pytest.raises(GlueError, match="cannot be fetched.*give --gpt2-enc.* --gpt2-vocab-bpe F"):
+    with pytest.raises(DataError, match="cannot be fetched.*give --gpt2-enc.* --gpt2-vocab-bpe F"):
         run(url)
     source.write_text("{ }")  # changed since: not taken for the one that was seen
-    with pytest.raises(GlueError, match="has the checksum"):
+    with pytest.raises(DataError, match="has the checksum"):
         run(url)
     shutil.copy(gpt2 / "encoder.json", source)
     run(url)
@@ -524,9 +525,7 @@ def test_from_another_folder_and_twice(tmp_path, gpt2):
         done = subprocess.run(command, cwd=str(tmp_path), env=environment, capture_output=True)
         assert done.returncode == code
     assert (
-        done.stderr.decode()
-        .splitlines()[-1]
-        .startswith("glue.prepare: glue/SST-2/train.tsv: 1 r")
+        done.stderr.decode().splitlines()[-1].startswith("glue.prepare: glue/SST-2/train.tsv: 1 r")
     )
     assert sentences(tmp_path / "out", "valid", gpt2) == ["b"]
 
@@ -541,7 +540,7 @@ def test_options_that_do_not_go_together(tmp_path, gpt2):
         (["--gpt2-vocab-bpe", "absent"], "--gpt2-vocab-bpe absent: no such file"),
         (["--dict", tmp_path / "dict.txt"], "2 of 2 tokens are not in --dict|1 of 1 tokens"),
     ):
-        with pytest.raises(GlueError, match=message):
+        with pytest.raises(DataError, match=message):
             prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, "--any-rows", *words)
 
 
@@ -575,7 +574,7 @@ def test_wordpiece(tmp_path):
     pieces = ["the", "The", "cat", "##s", "a"]
     vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *pieces]
     (tmp_path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in vocabulary))
-    with pytest.raises(GlueError, match="--bpe wordpiece: give --wordpiece-vocab"):
+    with pytest.raises(DataError, match="--bpe wordpiece: give --wordpiece-vocab"):
         run_bpe(tmp_path, "wordpiece", pieces)
     words = ("--wordpiece-vocab", tmp_path / "vocab.txt")
     assert run_bpe(tmp_path, "wordpiece", pieces, *words).split() == ["the", "cat", "##s"]

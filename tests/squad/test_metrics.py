@@ -4,8 +4,8 @@ import pytest
 
 from deltasam_fairseq.squad.metrics import (
     exact_match,
-    judged,
     normalised_answer,
+    score_answer,
     token_f1,
 )
 
@@ -39,8 +39,8 @@ def test_f1_by_hand():
 
 def test_the_best_gold_counts_for_each_metric_alone():
     """EM by the second gold; F1 of the first is 2/3, of the second 1."""
-    assert judged("Paris", ["Paris France", "paris"], version_2=False) == (1, 1)
-    exact, f1 = judged("Paris now", ["Paris France", "in Paris"], version_2=False)
+    assert score_answer("Paris", ["Paris France", "paris"], version_2=False) == (1, 1)
+    exact, f1 = score_answer("Paris now", ["Paris France", "in Paris"], version_2=False)
     assert exact == 0 and f1 == pytest.approx(1 / 2)
 
 
@@ -56,9 +56,9 @@ def test_the_best_gold_counts_for_each_metric_alone():
     ],
 )
 def test_no_answer_in_version_2(predicted, golds, expected):
-    assert judged(predicted, golds, version_2=True) == expected
+    assert score_answer(predicted, golds, version_2=True) == expected
 
 
 def test_nothing_is_never_right_for_f1_in_version_1():
-    assert judged("", ["Paris"], version_2=False) == (0, 0)
-    assert judged("the", ["a"], version_2=False) == (1, 0)  # evaluate-v1.1.py: no common word
+    assert score_answer("", ["Paris"], version_2=False) == (0, 0)
+    assert score_answer("the", ["a"], version_2=False) == (1, 0)  # evaluate-v1.1.py: no common word

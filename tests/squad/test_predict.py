@@ -11,7 +11,7 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from deltasam_fairseq.squad.metrics import judged
+from deltasam_fairseq.squad.metrics import score_answer
 from tests.helpers import runs
 
 ROOT = Path(__file__).parents[2]
@@ -88,7 +88,7 @@ def test_answers_are_the_best_spans(span_prediction, trained, tmp_path, count):
     assert found["null_odds"] == pytest.approx(odds, abs=1e-5)  # logits are float32
     answers = {k: "" if odds > -0.5 else text for k, (odds, text, _) in expected.items()}
     assert found["predictions"] == answers and len(answers) == 14
-    values = [judged(answers[k], golds, True) for k, (_, _, golds) in expected.items()]
+    values = [score_answer(answers[k], golds, True) for k, (_, _, golds) in expected.items()]
     exact, f1 = (100 * sum(column) / 14 for column in zip(*values))
     assert found["metrics"] == {
         "exact_match": pytest.approx(exact),

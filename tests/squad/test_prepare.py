@@ -13,11 +13,11 @@ import sentencepiece
 from fairseq.data.encoders.gpt2_bpe_utils import bytes_to_unicode
 
 from deltasam_fairseq.data.binarize import Encoding
-from deltasam_fairseq.glue.tasks import GlueError
+from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.squad import prepare as prepare_squad
 from deltasam_fairseq.squad import read_json as squad_files
 from deltasam_fairseq.squad import write_splits as squad_splits
-from deltasam_fairseq.squad.read_json import SquadError, read_squad
+from deltasam_fairseq.squad.read_json import read_squad
 from deltasam_fairseq.squad.task import (
     SpanPredictionConfig,
     SpanPredictionTask,
@@ -231,7 +231,7 @@ def test_both_versions_are_told_apart(tmp_path):
 def test_broken_files_are_named(content, message, tmp_path):
     path = tmp_path / "train.json"
     path.write_bytes(content)
-    with pytest.raises(SquadError, match=f"train.json.*{message}"):
+    with pytest.raises(DataError, match=f"train.json.*{message}"):
         read_squad(path)
 
 
@@ -273,7 +273,7 @@ SURROGATE = "caf\xe9 \ud83d cut"
 )
 def test_no_value_is_taken_for_another(content, message, tmp_path):
     path = write(tmp_path / "train.json", content)
-    with pytest.raises(SquadError, match=message) as raised:
+    with pytest.raises(DataError, match=message) as raised:
         read_squad(path)
     assert str(raised.value).startswith(str(path))
 
@@ -300,14 +300,14 @@ class Counted(str):
 
 def test_two_equal_ids_are_found_without_comparing_all_with_all():
     ids = [Counted(i) for i in [*range(1000), 999]]
-    with pytest.raises(SquadError, match="two questions have the id 999"):
+    with pytest.raises(DataError, match="two questions have the id 999"):
         squad_files._check_questions(Path("x.json"), ids, any_rows=False)
     assert Counted.compared < 10
 
 
 def test_official_files_are_counted(tmp_path):
     path = write(tmp_path / "dev-v2.0.json", squad(gold("tea")))
-    with pytest.raises(SquadError, match="1 questions, official are 11873"):
+    with pytest.raises(DataError, match="1 questions, official are 11873"):
         read_squad(path)
     assert len(read_squad(path, any_rows=True).questions) == 1
 
@@ -428,7 +428,7 @@ def test_splits_that_are_not_asked_for_stay(bpes, tmp_path):
         ("gpt2", ["--max-seq-length", "47"], "max_seq_length"),
         ("sentencepiece", [], "bpe"),
     ):
-        with pytest.raises(SquadError, match=f"has train, valid, made with another {key}: .*--out"):
+        with pytest.raises(DataError, match=f"has train, valid, made with another {key}: .*--out"):
             prepare(bpes, kind, out, "--test", train, *SMALL, *options)
     assert state(out) == after
 
@@ -441,11 +441,11 @@ def test_an_error_leaves_the_folder_as_it_was(bpes, tmp_path):
     prepare(bpes, *words)
     before = state(tmp_path / "bin")
     mixed = {"gpt2": (bpes["gpt2"][0], bpes["sentencepiece"][1])}
-    with pytest.raises(SquadError, match="tokens are not in --dict"):
+    with pytest.raises(DataError, match="tokens are not in --dict"):
         prepare(mixed, *words)
     write(train, squad(gold("1889")))
     write(valid, squad(IMPOSSIBLE, context=""))
-    with pytest.raises(SquadError, match="valid.json, question q0: its context is empty"):
+    with pytest.raises(DataError, match="valid.json, question q0: its context is empty"):
         prepare(bpes, *words)
     assert state(tmp_path / "bin") == before
 
@@ -470,7 +470,7 @@ def test_workers_give_the_same(bpes, tmp_path):
 def test_wrong_options(words, message, bpes, tmp_path):
     train = write(tmp_path / "train.json", squad(gold("tea")))
     given = words if not words or "--train" in words else ["--train", train, *words]
-    with pytest.raises(GlueError, match=message):
+    with pytest.raises(DataError, match=message):
         prepare(bpes, "gpt2", tmp_path / "bin", *given)
     assert not (tmp_path / "bin").exists()
 
@@ -478,7 +478,7 @@ def test_wrong_options(words, message, bpes, tmp_path):
 def test_a_dict_of_another_bpe_is_refused(bpes, tmp_path):
     train = write(tmp_path / "train.json", squad(gold("tea")))
     mixed = {"gpt2": (bpes["gpt2"][0], bpes["sentencepiece"][1])}
-    with pytest.raises(SquadError, match="tokens are not in --dict"):
+    with pytest.raises(DataError, match="tokens are not in --dict"):
         prepare(mixed, "gpt2", tmp_path / "bin", "--train", train)
 
 

@@ -1,4 +1,4 @@
-"""Files that are given as a path or as a URL; a URL is fetched once and checked on every use."""
+"""Files of the data programs: cached downloads, checksums, atomic writes; their one error."""
 
 from __future__ import annotations
 
@@ -9,10 +9,26 @@ import shutil
 import tempfile
 import urllib.request
 from pathlib import Path
+from typing import Union
 
-from deltasam_fairseq.glue.tasks import GlueError
-
+NOT_DATA = {
+    rb'\s*(<\?xml|<!doctype|<html|\{\s*"error")': "an error page, not data: download it again",
+    rb"PK\x03\x04|\x1f\x8b": "a packed archive: unpack it",
+    rb"version https://git-lfs": "a Git LFS pointer: run git lfs pull",
+}
 PIN = "#sha256="  # what a URL may end in, as pip's do
+
+
+class DataError(ValueError):
+    """Something is wrong with the data or the options; the message says what and what to do."""
+
+
+def atomic_write(path: Path, content: Union[str, bytes]) -> None:
+    """Write a file in one step: it is there as a whole, or as it was before."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    os.replace(partial, path)
 
 
 def sha256(path: Path) -> str:
@@ -30,7 +46,7 @@ def cache_folder() -> Path:
     return Path(base) / "deltasam_fairseq"
 
 
-def local_file(where: str, option: str, remedy: str = "") -> Path:
+def cached_path(where: str, option: str, remedy: str = "") -> Path:
     """Return the absolute path of a file; one that is given as a URL is fetched first, once.
 
     The checksum that a URL ends in (``https://...#sha256=HEX``), else the one that was seen at the
@@ -42,12 +58,12 @@ def local_file(where: str, option: str, remedy: str = "") -> Path:
         remedy: options that do without the network, for the errors; default: that option.
 
     Raises:
-        GlueError: no such file, or it cannot be fetched, or has another checksum.
+        DataError: no such file, or it cannot be fetched, or has another checksum.
     """
     if "://" not in where:
         path = Path(where).expanduser().absolute()
         if not path.is_file():
-            raise GlueError(f"{option} {where}: no such file")
+            raise DataError(f"{option} {where}: no such file")
         return path
     url, _, expected = where.partition(PIN)
     name = hashlib.sha256(url.encode()).hexdigest()[:12] + "-" + url.rsplit("/", 1)[-1]
@@ -71,12 +87,12 @@ def fetch(url: str, path: Path, expected: str, option: str, remedy: str) -> None
                 with urllib.request.urlopen(url, timeout=60) as response:
                     shutil.copyfileobj(response, file)
             except (OSError, http.client.HTTPException) as error:
-                raise GlueError(
+                raise DataError(
                     f"{option}: {url} cannot be fetched ({error}); without it, give {remedy}"
                 ) from error
         found = sha256(partial)
         if found != expected and expected:
-            raise GlueError(
+            raise DataError(
                 f"{option}: {url} has the checksum {found}, expected {expected}; it was cut short "
                 f"or changed: run this again, or give a file that you trust with {remedy}"
             )
