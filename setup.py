@@ -33,10 +33,10 @@ setup(
         'fairseq==0.12.2; python_version<"3.11"',
     ],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers"],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"],
         # --bpe wordpiece, python -m deltasam_fairseq.convert
         "convert": ["tokenizers", "safetensors"],
-        "report": ["matplotlib"],
+        "report": ["matplotlib", "pandas"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",
