@@ -36,7 +36,8 @@ setup(
         "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"],
         # --bpe wordpiece, python -m deltasam_fairseq.convert
         "convert": ["tokenizers", "safetensors"],
-        "report": ["matplotlib", "pandas"],
+        # examples.glue.report, and the curves of the benchmark
+        "report": ["pandas", "scipy>=1.10", "matplotlib", "jinja2", "markdown"],
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -71,9 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--arch", default="roberta_base", help="of --checkpoint (default: roberta_base)")
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
     add("--bpe", choices=("gpt2", "sentencepiece", "wordpiece"), default="gpt2", help="its BPE")
-    add(
-        "--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of squad.prepare"
-    )
+    add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of squad.prepare")
     add("--optimizers", nargs="+", default=["adam", "delta_sam_adam"])
     add("--seeds", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
     add("--sam-rho", type=float, default=0.05, help="radius of the ascent (default: 0.05)")

@@ -1,4 +1,4 @@
-"""Report GLUE runs as papers do: tables, paired tests, times, curves; Markdown, CSV and HTML.
+"""Report runs as papers do: tables, paired tests, times, curves; Markdown, CSV and HTML.
 
     python -m examples.glue.report OUT --out REPORT [--baseline adam] [--tasks ...] [--methods ...]
 
@@ -11,83 +11,59 @@ picture a task, and runs.csv, summary.csv, comparisons.csv.
 from __future__ import annotations
 
 import argparse
-import csv
+import datetime
 import json
-import math
+import logging
 import shlex
 import sys
 from pathlib import Path
-from typing import Any, Dict, Optional, Sequence
+from typing import Dict, Optional, Sequence
 
-from examples.glue.report.content import Report, blocks_of, columns, make
-from examples.glue.report.numbers import Row
+import pandas as pd
+
+from examples.glue.report import plots
+from examples.glue.report.content import Report, context, make
+from examples.glue.report.numbers import Comparison
 from examples.glue.report.page import to_html, to_markdown
-from examples.glue.report.runs import Metric, Run, number_of, read_runs
+from examples.glue.report.runs import read_runs
 
 PAPER = Path(__file__).with_name("paper.json")
 
 
-def write_csv(path: Path, rows: Sequence[Dict[str, Any]]) -> None:
-    """Write rows with all their digits; an empty cell for what is missing."""
-    names = list(dict.fromkeys(name for row in rows for name in row))
-    with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, names, restval="")
-        writer.writeheader()
-        for row in rows:
-            lacking = {k for k, v in row.items() if isinstance(v, float) and math.isnan(v)}
-            writer.writerow({k: "" if k in lacking or v is None else v for k, v in row.items()})
-
-
-def _run_row(run: Run, metric: Metric, row: Row) -> Dict[str, Any]:
-    rise = run.rises.get(row.rho) if row.rho is not None else None
-    return {
-        "task": run.task,
-        "method": run.method,
-        "seed": run.seed,
-        "state": run.state,
-        "why": run.why,
-        "metric": metric.key,
-        "best": run.best,
-        "best_epoch": run.best_epoch or None,
-        "last": run.last,
-        "epochs": number_of(run.log) or None,
-        "updates_per_second": run.log.paces.get(row.pace_by),
-        "pace_by": row.pace_by,
-        "rho": row.rho,
-        "sharpness": rise,
-        "starts": run.log.starts or None,
-        **run.parts,
-    }
+def write_csv(report: Report, out: Path) -> None:
+    """Write all figures with all their digits; an empty cell for what is missing."""
+    report.runs.frame().to_csv(out / "runs.csv", index=False)
+    report.rows.to_csv(out / "summary.csv", index=False)
+    compared = pd.DataFrame(report.compared, columns=Comparison._fields)
+    differences = compared.pop("differences")
+    compared["n"] = [len(found) for found in differences]
+    compared["differences"] = [
+        " ".join(f"{seed}:{d!r}" for seed, d in found.items()) for found in differences
+    ]
+    compared.to_csv(out / "comparisons.csv", index=False)
 
 
 def write(report: Report, source: Path, out: Path, command: str) -> None:
     """Write report.html, report.md, the pictures and the three CSV files."""
     out.mkdir(parents=True, exist_ok=True)
-    blocks = blocks_of(report, source, out, command)
-    (out / "report.md").write_text(to_markdown(blocks), encoding="utf-8")
-    (out / "report.html").write_text(to_html(blocks), encoding="utf-8")
-    runs = report.runs
-    write_csv(
-        out / "runs.csv",
-        [_run_row(r, runs.tasks[r.task], report.row(r.task, r.method)) for r in runs.runs],
-    )
-    rows = [row for row in report.rows if row.task in columns(report)]
-    write_csv(
-        out / "summary.csv",
-        [{**{k: v for k, v in r._asdict().items() if k != "parts"}, **r.parts} for r in rows],
-    )
-    write_csv(
-        out / "comparisons.csv",
-        [
-            {
-                **{k: v for k, v in c._asdict().items() if k != "differences"},
-                "n": len(c.differences),
-                "differences": " ".join(f"{s}:{d!r}" for s, d in c.differences.items()),
-            }
-            for c in report.compared
-        ]
-        or [{"task": None}],
-    )
+    write_csv(report, out)
+    facts = {**context(report), "source": source, "command": command}
+    facts["date"] = datetime.date.today().isoformat()
+    styles = plots.line_styles(report.runs.methods)
+    figures: Dict[str, Sequence[str]] = {}
+    for index, section in enumerate(facts["tasks"]):
+        groups = {m: report.runs.of(section["name"], m) for m in report.runs.methods}
+        groups = {method: group for method, group in groups.items() if group}
+        found = [c for c in report.compared if c.task == section["name"]]
+        panels = plots.task_panels(groups, section["metric"], found, styles)
+        png, section["png"] = section["png"], section["png"] if panels else ""
+        if panels:
+            plots.write_png(panels, {m: styles[m] for m in groups}, out / png)
+            svgs = [plots.as_svg(panel, f"f{index}-{i}") for i, panel in enumerate(panels)]
+            figures[png] = [plots.html_legend({m: styles[m] for m in groups}), *svgs]
+    text = to_markdown(facts)
+    (out / "report.md").write_text(text, encoding="utf-8")
+    (out / "report.html").write_text(to_html(text, figures), encoding="utf-8")
 
 
 def time_baseline(methods: Sequence[str], given: Optional[str]) -> Optional[str]:
@@ -98,7 +74,9 @@ def time_baseline(methods: Sequence[str], given: Optional[str]) -> Optional[str]
 
 def main(words: Optional[Sequence[str]] = None) -> int:
     """Write the report; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.glue.report", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("runs", type=Path, metavar="OUT", help="holds <TASK>/<method>-seed<N>/train.log")
     add("--out", type=Path, required=True, metavar="REPORT", help="folder to write")
@@ -106,11 +84,11 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     add("--time-baseline", help="method whose time counts as 1 (default: sam, sam_adam or sam_*)")
     add("--tasks", nargs="+", help="read only these, in this order (default: all)")
     add("--methods", nargs="+", help="likewise; one that was not run is listed as missing")
-    add("--paper", type=Path, default=PAPER, help="figures of the paper (default: the paper's)")
+    add("--paper", type=Path, default=PAPER, help="figures of the paper (default: paper.json)")
     args = parser.parse_args(words)
     try:
         if not args.runs.is_dir():
-            raise ValueError(f"{args.runs}: is no folder; give the one that holds a folder a task")
+            raise ValueError(f"{args.runs}: not a directory; give the one with a folder a task")
         runs = read_runs(args.runs, args.tasks, args.methods)
         for option in ("baseline", "time_baseline"):
             value = getattr(args, option)
@@ -119,13 +97,13 @@ def main(words: Optional[Sequence[str]] = None) -> int:
                 raise ValueError(f"--{name} {value}: is not among the methods; name one of {known}")
         paper = json.loads(args.paper.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        print(f"examples.glue.report: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     baseline = args.baseline or ("adam" if "adam" in runs.methods else None)
     report = make(runs, baseline, time_baseline(runs.methods, args.time_baseline), paper)
     words = sys.argv[1:] if words is None else words
-    command = "python -m examples.glue.report " + " ".join(map(shlex.quote, words))
-    write(report, args.runs, args.out, command)
+    logging.getLogger().setLevel(logging.WARNING)  # importing fairseq has set it to DEBUG
+    write(report, args.runs, args.out, f"{parser.prog} {' '.join(map(shlex.quote, words))}")
     complete = sum(run.state == "complete" for run in runs.runs)
     print(f"{args.out}: report.html, report.md, CSV files; {complete} of {len(runs.runs)} runs")
     return 0

@@ -1,63 +1,67 @@
-"""What the GLUE report says: its sections as blocks, from its numbers."""
+"""What the GLUE report says: tables and sentences from its numbers, for report.md.jinja."""
 
 from __future__ import annotations
 
-import datetime
+import html
 import platform
 import shlex
 from importlib import metadata
-from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
+import pandas as pd
+
+from deltasam_fairseq.markdown import markdown_table
 from examples.glue.report.numbers import (
     ALPHA,
     AVERAGE,
+    SCORES,
     Comparison,
-    Row,
-    average_row,
     comparisons,
     detectable_difference,
     least_difference,
-    summary,
+    summarise,
 )
-from examples.glue.report.page import Block, Bullets, Details, Figures, Heading, Table, Text
-from examples.glue.report.plots import as_png, as_svg, looks, panels
-from examples.glue.report.runs import Metric, Run, Runs
+from examples.glue.report.runs import Run, Runs
 
 
 class Report(NamedTuple):
-    """All that the page is made of.
+    """All that the report is made of.
 
     Attributes:
-        one: the method whose running time counts as 1; None without one.
+        time_baseline: the method whose running time counts as 1; None without one.
         rows: of every task and method, then the averages over tasks of every method.
         paper: paper.json.
     """
 
     runs: Runs
     baseline: Optional[str]
-    one: Optional[str]
-    rows: List[Row]
+    time_baseline: Optional[str]
+    rows: pd.DataFrame
     compared: List[Comparison]
     paper: Dict[str, Any]
 
-    def row(self, task: str, method: str) -> Row:
+    def row(self, task: str, method: str) -> pd.Series:
         """Return one row."""
-        return next(r for r in self.rows if (r.task, r.method) == (task, method))
+        return self.rows[(self.rows.task == task) & (self.rows.method == method)].iloc[0]
+
+    def columns(self) -> List[str]:
+        """Return the tasks, and the average where there are several."""
+        return list(dict.fromkeys(self.rows.task))
 
 
-def make(runs: Runs, baseline: Optional[str], one: Optional[str], paper: Dict[str, Any]) -> Report:
+def make(
+    runs: Runs, baseline: Optional[str], time_baseline: Optional[str], paper: Dict[str, Any]
+) -> Report:
     """Return the report's numbers."""
-    rows = summary(runs, one)
-    rows += [average_row(runs, rows, method) for method in runs.methods]
     compared = comparisons(runs, baseline) if baseline else []
-    return Report(runs, baseline, one, rows, compared, paper)
+    rows = summarise(runs, time_baseline)
+    return Report(runs, baseline, time_baseline, rows, compared, paper)
 
 
 # --- cells ------------------------------------------------------------------------------------
 def number(value: Optional[float], digits: int = 1, sign: str = "") -> str:
     """Return a figure for a table; a dash for none."""
-    if value is None:
+    if value is None or pd.isna(value):
         return "–"
     text = f"{value:{sign}.{digits}f}"
     return text.lstrip("+-") if not float(text) else text.replace("-", "−")
@@ -65,7 +69,7 @@ def number(value: Optional[float], digits: int = 1, sign: str = "") -> str:
 
 def spread(mean: Optional[float], std: Optional[float], digits: int = 1) -> str:
     """Return mean ± standard deviation."""
-    return number(mean, digits) + ("" if std is None else f" ± {number(std, digits)}")
+    return number(mean, digits) + ("" if pd.isna(std) else f" ± {number(std, digits)}")
 
 
 def probability(p: Optional[float]) -> str:
@@ -75,123 +79,120 @@ def probability(p: Optional[float]) -> str:
     return f"{p:.4f}" if f"{p:.3f}" == f"{ALPHA:.3f}" else f"{p:.3f}"
 
 
-def emphasised(column: Sequence[Optional[float]], cells: Sequence[str]) -> List[str]:
+def emphasised(column: Sequence[float], cells: Sequence[str]) -> List[str]:
     """Return the cells with the highest figure of the column in bold, as papers print it."""
-    known = [round(v, 1) for v in column if v is not None]
-    return [
-        f"**{cell}**" if len(known) > 1 and v is not None and round(v, 1) == max(known) else cell
-        for v, cell in zip(column, cells)
-    ]
+    rounded = pd.Series(column, dtype=float).round(1)
+    known, best = rounded.notna().sum(), rounded.max()
+    return [f"**{c}**" if known > 1 and v == best else c for v, c in zip(rounded, cells)]
 
 
-# --- sections ---------------------------------------------------------------------------------
-def columns(report: Report) -> List[str]:
-    """Return the tasks, and the average where there are several."""
-    return [*report.runs.tasks, *([AVERAGE] if len(report.runs.tasks) > 1 else [])]
+def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return a table with its caption; names of methods and tasks may hold any signs."""
+    cells = [[html.escape(cell, quote=False) for cell in row] for row in (head, *rows)]
+    return f"**{html.escape(caption, quote=False)}**\n\n{markdown_table(cells[0], cells[1:])}"
 
 
+def quoted(names: Sequence[str]) -> str:
+    """Return names as code, with commas between."""
+    return ", ".join(f"`{name}`" for name in names)
+
+
+# --- scores and times -------------------------------------------------------------------------
 def _paper_rows(report: Report, statistic: str) -> List[List[str]]:
     rows = []
     for entry in report.paper.get("entries", ()):
-        if entry["statistic"] == statistic and set(entry["scores"]) & set(columns(report)):
+        if entry["statistic"] == statistic and set(entry["scores"]) & set(report.columns()):
             digits = 2 if statistic == "time" else 1
-            scores = [number(entry["scores"].get(task), digits) for task in columns(report)]
-            rows.append([f"{entry['method']} (paper, {entry['where']})", *scores])
+            scores = [number(entry["scores"].get(task), digits) for task in report.columns()]
+            rows.append([f"*{entry['method']} (paper, {entry['where']})*", *scores])
     return rows
 
 
-def _runs_in(report: Report, row: Row) -> Tuple[int, int]:
+def _complete_of_all(report: Report, row: pd.Series) -> Tuple[int, int]:
     """Return complete and all runs of a row; for an average, of all tasks."""
-    if row.task != AVERAGE:
-        return row.n, row.of
-    mine = [report.row(task, row.method) for task in report.runs.tasks]
-    return sum(r.n for r in mine), sum(r.of for r in mine)
+    tasks = report.runs.tasks if row.task == AVERAGE else [row.task]
+    mine = report.rows[(report.rows.method == row.method) & report.rows.task.isin(tasks)]
+    return int(mine.n.sum()), int(mine.of.sum())
 
 
-def _overview(report: Report, statistic: str) -> Table:
-    """Return methods by tasks, for best, median or mean."""
-    table = [[method] for method in report.runs.methods]
-    for task in columns(report):
-        rows = [report.row(task, method) for method in report.runs.methods]
-        values = [getattr(row, statistic) for row in rows]
-        cells = [
-            spread(v, row.std) if statistic == "mean" and v is not None else number(v)
-            for v, row in zip(values, rows)
-        ]
-        for line, row, cell in zip(table, rows, emphasised(values, cells)):
-            n, all_ = _runs_in(report, row)
-            line.append(f"{cell} ({n}/{all_})" if n < all_ else cell)
-    paper = _paper_rows(report, statistic)
+def overview(report: Report, statistic: str) -> str:
+    """Return the table of methods by tasks, for best, median or mean."""
+    lines = [[method] for method in report.runs.methods]
+    for task in report.columns():
+        rows = report.rows[report.rows.task == task]
+        stds = rows["std"] if statistic == "mean" else [None] * len(rows)
+        cells = [spread(value, std) for value, std in zip(rows[statistic], stds)]
+        cells = emphasised(rows[statistic], cells)
+        for line, cell, (_, row) in zip(lines, cells, rows.iterrows()):
+            n, of = _complete_of_all(report, row)
+            line.append(f"{cell} ({n}/{of})" if n < of else cell)
     counts = {len(seeds) for seeds in report.runs.seeds.values()}
-    of = " of the seeds"
-    if len(counts) == 1:
-        count = counts.pop()
-        of = f" of {count} seed{'s' * (count != 1)}"
-    caption = {
-        "best": f"Best{of}",
-        "median": f"Median{of}",
-        "mean": f"Mean ± standard deviation{of}",
-    }[statistic]
-    papers = range(len(table), len(table) + len(paper))
-    return Table(caption, ["method", *columns(report)], table + paper, papers)
+    count = counts.pop() if len(counts) == 1 else None
+    of_seeds = "the seeds" if count is None else f"{count} seed{'s' * (count != 1)}"
+    name = {"mean": "Mean ± standard deviation"}.get(statistic, statistic.capitalize())
+    head = ["method", *report.columns()]
+    return table(f"{name} of {of_seeds}", head, lines + _paper_rows(report, statistic))
 
 
-def _times(report: Report) -> List[Block]:
-    if report.one is None:
-        return [Text("No method's name begins with sam, so there is nothing to be relative to.")]
-    table = [
-        [m, *(number(report.row(task, m).time, 2) for task in columns(report))]
+def times(report: Report) -> str:
+    """Return the table of seconds an update."""
+    rows = [
+        [m, *(number(report.row(task, m).time, 2) for task in report.columns())]
         for m in report.runs.methods
     ]
-    paper = _paper_rows(report, "time")
-    caption = f"Seconds an update, {report.one} = 1.00"
-    papers = range(len(table), len(table) + len(paper))
-    ways = sorted({r.pace_by for r in report.rows if r.pace_by})
-    told = "; ".join(
-        f"{way} ({', '.join(dict.fromkeys(r.task for r in report.rows if r.pace_by == way))})"
-        for way in ways
+    caption = f"Seconds an update, {report.time_baseline} = 1.00"
+    return table(caption, ["method", *report.columns()], rows + _paper_rows(report, "time"))
+
+
+def timings(report: Report) -> str:
+    """Return how the times of the tasks were measured."""
+    ways = {task: report.runs.timed_by(task) for task in report.runs.tasks}
+    return "; ".join(
+        f"{way} ({', '.join(task for task in ways if ways[task] == way)})"
+        for way in sorted({way for way in ways.values() if way})
     )
-    return [
-        Table(caption, ["method", *columns(report)], table + paper, papers),
-        Text(
-            "Validation, saving and starting are not counted, unless a task's logs hold nothing "
-            f"finer than whole epochs. Taken from {told}. The average is the geometric "
-            "mean. The ratios are worth as much as the machine was left to itself.",
-            "note",
-        ),
+
+
+# --- differences ------------------------------------------------------------------------------
+def difference_table(found: Sequence[Comparison], caption: str) -> str:
+    """Return the table of comparisons, and which methods lack a seed for one."""
+    rows = [
+        [
+            c.method,
+            str(len(c.differences)),
+            number(c.mean, 2, "+"),
+            number(c.std, 2),
+            "–" if c.low is None else f"{number(c.low, 2, '+')} to {number(c.high, 2, '+')}",
+            probability(c.p),
+            probability(c.p_holm),
+            "–" if c.p_sign is None else f"{c.p_sign:.3g}",
+        ]
+        for c in found
+        if c.differences
     ]
-
-
-def _comparison_table(found: Sequence[Comparison], caption: str) -> List[Block]:
-    rows = []
-    for c in found:
-        if not c.differences:
-            continue
-        interval = "–"
-        if c.low is not None:
-            interval = f"{number(c.low, 2, '+')} to {number(c.high, 2, '+')}"
-        rows.append(
-            [
-                c.method,
-                str(len(c.differences)),
-                number(c.mean, 2, "+"),
-                number(c.std, 2),
-                interval,
-                probability(c.p),
-                probability(c.p_holm),
-                "–" if c.p_sign is None else f"{c.p_sign:.3g}",
-            ]
-        )
     head = ["method", "n", "mean", "std", "95 % interval", "p", "p, Holm", "p, sign flips"]
-    lacking = [f"`{c.method}`" for c in found if not c.differences]
-    blocks: List[Block] = [Table(caption, head, rows)] if rows else []
+    lacking = [c.method for c in found if not c.differences]
+    parts = [table(caption, head, rows)] if rows else []
     if lacking:
-        told = f"{caption}: no seed that both completed for {', '.join(lacking)}."
-        blocks.append(Text(told, "note"))
-    return blocks
+        parts.append(f"{caption}: no seed that both completed for {quoted(lacking)}.")
+    return "\n\n".join(parts)
 
 
-def _what_n_can_show(found: Sequence[Comparison]) -> List[str]:
+def mean_differences(report: Report) -> str:
+    """Return the table of mean differences by task, marked where the test finds them."""
+    found = {(c.task, c.method): c for c in report.compared}
+    rows = []
+    for method in report.runs.methods:
+        if method != report.baseline:
+            mine = [found[task, method] for task in report.columns()]
+            marks = [" †" if (c.p_holm or 1.0) < ALPHA else "" for c in mine]
+            rows.append([method, *(number(c.mean, 2, "+") + m for c, m in zip(mine, marks))])
+    head = ["method", *report.columns()]
+    return table(f"Mean difference to {report.baseline}", head, rows) if rows else ""
+
+
+def what_n_can_show(found: Sequence[Comparison]) -> List[str]:
+    """Return a sentence for each number of paired seeds."""
     points = []
     for n in sorted({len(c.differences) for c in found if c.differences}, reverse=True):
         if n == 1:
@@ -207,70 +208,27 @@ def _what_n_can_show(found: Sequence[Comparison]) -> List[str]:
     return points
 
 
-def _comparisons(report: Report) -> List[Block]:
-    if not report.baseline:
-        return [Text("There is no baseline among the methods: give one with `--baseline`.")]
-    task = AVERAGE if len(report.runs.tasks) > 1 else next(iter(report.runs.tasks))
-    name = "average over all tasks" if task == AVERAGE else task
-    here = [c for c in report.compared if c.task == task]
-    blocks: List[Block] = [
-        Text(
-            f"Differences to `{report.baseline}` in points, seed by seed: the same seed gives both "
-            "methods the same order of data and the same new head. **p**: two-sided paired t-test "
-            "(Student's t on the n differences). **Holm**: corrected for the methods compared "
-            "within the task. **Sign flips**: exact two-sided permutation test of the same "
-            "differences, which assumes no normal distribution."
-        ),
-        Bullets(_what_n_can_show(report.compared)),
-        *_comparison_table(here, f"Difference to {report.baseline}, {name}"),
-    ]
-    if task == AVERAGE:
-        table = []
-        for method in report.runs.methods:
-            if method != report.baseline:
-                mine = {c.task: c for c in report.compared if c.method == method}
-                table.append([method, *(_mean_and_mark(mine[t]) for t in columns(report))])
-        blocks += (
-            []
-            if not table
-            else [
-                Text(
-                    "The average of a seed is over its scores on all tasks, and needs all.", "note"
-                ),
-                Table(f"Mean difference to {report.baseline}", ["method", *columns(report)], table),
-                Text(f"† p < {ALPHA:g} after Holm's correction within the task.", "note"),
-            ]
-        )
-    return blocks
-
-
-def _mean_and_mark(c: Comparison) -> str:
-    found = c.p_holm is not None and c.p_holm < ALPHA
-    return number(c.mean, 2, "+") + (" †" if found else "")
-
-
-def _in_short(report: Report) -> List[str]:
+def in_short(report: Report) -> List[str]:
     """Return the findings as sentences."""
     points = []
-    task = columns(report)[-1]
-    means = {m: report.row(task, m).mean for m in report.runs.methods}
-    known = {m: v for m, v in means.items() if v is not None}
+    task = report.columns()[-1]
+    rows = report.rows[report.rows.task == task]
+    known = rows.dropna(subset=["mean"]).sort_values("mean", ascending=False, kind="stable")
     where = "on average over the tasks" if task == AVERAGE else f"on {task}"
     if len(known) > 1:
-        ranked = sorted(known, key=lambda m: -known[m])
-        order = ", ".join(f"`{m}` {number(known[m])}" for m in ranked)
+        order = ", ".join(f"`{m}` {number(v)}" for m, v in zip(known.method, known["mean"]))
         points.append(f"Mean of the seeds {where}, highest first: {order}.")
     found = [c for c in report.compared if c.p_holm is not None and c.p_holm < ALPHA]
     tests = sum(c.p is not None for c in report.compared)
     if found:
         by_method = {c.method: [o for o in found if o.method == c.method] for c in found}
-        told = "; ".join(
+        text = "; ".join(
             f"`{method}` " + ", ".join(f"{c.task} {number(c.mean, 2, '+')}" for c in mine)
             for method, mine in by_method.items()
         )
         points.append(
             f"Differences to `{report.baseline}` that the paired t-test finds (p < {ALPHA:g} after "
-            f"Holm's correction, {len(found)} of {tests}): {told}."
+            f"Holm's correction, {len(found)} of {tests}): {text}."
         )
     elif tests:
         points.append(
@@ -279,252 +237,184 @@ def _in_short(report: Report) -> List[str]:
         )
     else:
         points.append("Nothing could be tested: that takes two seeds of two methods.")
-    times = [(m, report.row(task, m).time) for m in report.runs.methods]
-    told = ", ".join(f"`{m}` {number(t, 2)}" for m, t in times if t is not None)
-    if told and len(times) > 1:
-        points.append(f"Time an update, `{report.one}` = 1: {told}.")
+    timed = rows.dropna(subset=["time"])
+    text = ", ".join(f"`{m}` {number(t, 2)}" for m, t in zip(timed.method, timed.time))
+    if text and len(rows) > 1:
+        points.append(f"Time an update, `{report.time_baseline}` = 1: {text}.")
     return points
 
 
-HOW_TO_READ = [
-    "A run's score is that of its **best epoch on the development data**, as GLUE papers report "
-    "it. An epoch chosen by the data that it is scored on is optimistic, more so with more epochs "
-    "and with noisier tasks; the score at the last epoch is beside it.",
-    "**Best of the seeds** grows with the number of seeds and with a method's variance. Compare "
-    "it only between rows with equally many, and rather look at median and mean.",
-    "Scores are as the logs have them, in percent with one decimal. `±` is the standard deviation "
-    "over seeds, with n − 1: the spread of runs, not the error of the mean.",
-    "**Only complete runs count.** `3/5` beside a figure says that it is of 3 of the 5 seeds that "
-    "the task was run with; in an average, of the runs of all tasks. "
-    "[The others](#runs-that-are-left-out) are listed. A run that broke off because it diverged is "
-    "missing too, which flatters its method.",
-    "Bold is the highest of our rows, without regard to whether the difference means anything.",
-    "Equal hyperparameters are not equally good ones. What differs between the methods' settings "
-    "is [listed](#how-the-runs-were-made).",
-]
-
-
-def _task(report: Report, task: str, metric: Metric, out: Path, index: int) -> List[Block]:
-    everyone = [report.row(task, method) for method in report.runs.methods]
-    rows = [row for row in everyone if row.n]
-    parts = list(dict.fromkeys(name for row in rows for name in row.parts))
-    rho = next((row.rho for row in rows if row.rho), None)
-    table = []
-    for row in rows:
-        line = [row.method, f"{row.n} of {row.of}"]
-        line += [number(row.best), number(row.median), spread(row.mean, row.std)]
-        line += [number(row.parts.get(name)) for name in parts]
-        line += [number(row.last), *([spread(row.sharpness, row.sharpness_std, 4)] if rho else [])]
-        line += [number(row.pace, 2), number(row.time, 2)]
-        table.append(line)
-    for column, name in ((2, "best"), (3, "median"), (4, "mean")):
-        cells = emphasised([getattr(row, name) for row in rows], [line[column] for line in table])
-        for line, cell in zip(table, cells):
-            line[column] = cell
-    head = ["method", "seeds", "best", "median", "mean ± std", *parts, "last epoch"]
-    head += [*([f"sharpness (rho {rho:g})"] if rho else []), "updates/s", "time"]
-    name = _name("task", task)
-    blocks: List[Block] = [
-        Heading(3, task),
-        Text(f"Score: {metric.name} (`{metric.key}`), development data."),
-    ]
-    if rows:
-        blocks.append(Table(f"{task}, {metric.name}", head, table))
-    lacking = [f"`{row.method}`" for row in everyone if not row.n]
-    if lacking:
-        told = f"Without a complete run on {task}: {', '.join(lacking)}; see "
-        blocks.append(Text(told + "[what is left out](#runs-that-are-left-out).", "note"))
-    here = {row.method for row in rows}  # of the others it has just been said
-    found = [c for c in report.compared if c.task == task and c.method in here]
-    if found:
-        blocks += _comparison_table(found, f"{task}: difference to {report.baseline}")
-    drawn = looks(report.runs.methods)
-    pictures = panels(report.runs, task, metric, report.compared, drawn)
-    if pictures:
-        seen = {m: look for m, look in drawn.items() if report.runs.of(task, m)}
-        png = f"{name}.png"
-        as_png(pictures, seen, out / png)
-        svgs = [as_svg(panel, f"f{index}-{i}") for i, panel in enumerate(pictures)]
-        text = (
-            f"Complete runs on {task}. Over epochs: mean and range of the seeds. Differences: a "
-            "point a seed, their mean and its 95 % interval. Losses as fairseq logs them; that of "
-            "training is of each method's own criterion, so not alike in what it adds up. "
-            "Sharpness of the minimum: a point a run, the bar is the mean."
-        )
-        blocks.append(Figures(svgs, png, seen, text))
-    return blocks
-
-
-def _name(kind: str, text: str) -> str:
-    """Return a name for links and files."""
-    return kind + "-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in text)
-
-
-def _left_out(report: Report) -> List[Block]:
-    others = [run for run in report.runs.runs if run.state != "complete"]
-    if not others:
-        return [Text("None: every method was completed with every seed of its task.")]
-    never = {
-        (run.task, run.method)
-        for run in others
-        if not [r for r in report.runs.of(run.task, run.method, None) if r.state != "missing"]
+# --- a task -----------------------------------------------------------------------------------
+def task_section(report: Report, task: str) -> Dict[str, Any]:
+    """Return what the report says of a task."""
+    metric = report.runs.tasks[task]
+    everyone = report.rows[report.rows.task == task]
+    rows = everyone[everyone.n > 0]
+    parts = [name for _, name in metric.parts if name in rows and rows[name].notna().any()]
+    rho = rows.rho.max()
+    by_name = {
+        "method": rows.method,
+        "seeds": [f"{n} of {of}" for n, of in zip(rows.n, rows.of)],
+        "best": emphasised(rows.best, [number(v) for v in rows.best]),
+        "median": emphasised(rows["median"], [number(v) for v in rows["median"]]),
+        "mean ± std": emphasised(
+            rows["mean"], [spread(*pair) for pair in zip(rows["mean"], rows["std"])]
+        ),
+        **{name: [number(v) for v in rows[name]] for name in parts},
+        "last epoch": [number(v) for v in rows["last"]],
     }
-    rows = [
-        [task, method, "all", "missing", "the method was not run on this task"]
-        for task in report.runs.tasks
-        for method in report.runs.methods
-        if (task, method) in never
-    ]
-    rows += [
-        [run.task, run.method, str(run.seed), run.state, run.why]
-        for run in others
-        if (run.task, run.method) not in never
-    ]
-    return [Table("Not in any table", ["task", "method", "seed", "state", "why"], rows)]
+    if rho == rho:
+        pairs = zip(rows.sharpness, rows.sharpness_std)
+        by_name[f"sharpness (rho {rho:g})"] = [spread(*pair, 4) for pair in pairs]
+    by_name["updates/s"] = [number(v, 2) for v in rows.updates_per_second]
+    by_name["time"] = [number(v, 2) for v in rows.time]
+    counted = set(rows.method)
+    found = [c for c in report.compared if c.task == task and c.method in counted]
+    return {
+        "name": task,
+        "metric": metric,
+        "scores": ""
+        if rows.empty
+        else table(f"{task}, {metric.name}", list(by_name), list(zip(*by_name.values()))),
+        "lacking": quoted(everyone.method[everyone.n == 0]),
+        "differences": difference_table(found, f"{task}: difference to {report.baseline}"),
+        "png": "task-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in task) + ".png",
+    }
+
+
+def uncounted(report: Report) -> str:
+    """Return the table of the runs that are in no other table; empty if there are none."""
+    rows: List[List[str]] = []
+    for run in report.runs.runs:
+        if run.state == "complete":
+            continue
+        others = report.runs.of(run.task, run.method, None)
+        row = [run.task, run.method, str(run.seed), run.state, run.why]
+        if all(other.state == "missing" for other in others):
+            row[2:] = ["all", "missing", "the method was not run on this task"]
+        if row not in rows:
+            rows.append(row)
+    rows.sort(key=lambda row: row[2] != "all")
+    return table("Not counted", ["task", "method", "seed", "state", "why"], rows) if rows else ""
 
 
 # --- how the runs were made -------------------------------------------------------------------
 _OF_THE_RUN = {"seed", "log_file", "save_dir", "tensorboard_logdir", "distributed_init_method"}
 _OF_THE_RUN |= {"distributed_port", "wandb_project", "results_path", "plasma_path"}
-_OF_THE_RUN |= {"filename"}  # of the log that hydra writes
-_TOLD = (
-    "data arch parameters finetune_from_model restore_file criterion optimizer lr lr_scheduler "
+_SHOWN = (
+    "data model parameters finetune_from_model restore_file criterion optimizer lr lr_scheduler "
     "warmup_updates total_num_update batch_size max_tokens update_freq max_epoch max_update "
     "weight_decay adam_betas adam_eps clip_norm dropout attention_dropout fp16 bf16 amp "
     "distributed_world_size devices device user_dir"
 ).split()
 
 
-def _settings(group: Sequence[Run], key: str) -> str:
+def _options(run: Run) -> Dict[str, str]:
+    return {**run.settings, **run.log.facts}
+
+
+def _values(group: Sequence[Run], key: str) -> str:
     """Return an option of a method's runs; all its values where they are not alike."""
-    values = list(dict.fromkeys(run.log.settings.get(key, "–") for run in group))
-    return " / ".join(values)
-
-
-def _options(group: Sequence[Run]) -> Set[str]:
-    """Return the options that runs were trained with, but for those that are each run's own."""
-    return set().union(*(run.log.settings for run in group)) - _OF_THE_RUN
+    return " / ".join(dict.fromkeys(_options(run).get(key, "–") for run in group))
 
 
 def _differing(group: Sequence[Run]) -> List[str]:
-    """Return the options that runs differ in."""
-    keys = sorted(_options(group))
-    return [key for key in keys if len({_settings([run], key) for run in group}) > 1]
+    """Return the options that runs of known options differ in, but for those of each run."""
+    group = [run for run in group if run.settings] or group
+    keys: Set[str] = set().union(*map(_options, group)) - _OF_THE_RUN
+    return sorted(key for key in keys if len({_values([run], key) for run in group}) > 1)
 
 
-def _mixed(report: Report) -> List[str]:
-    """Tell which methods' runs of one task were made with different options."""
-    told = []
+def mixed(report: Report) -> List[str]:
+    """Return which methods' runs of one task were made with different options."""
+    points = []
     for task in report.runs.tasks:
         for method in report.runs.methods:
             group = report.runs.of(task, method)
             for key in _differing(group):
-                told.append(f"{task} {method}: `{key}` {_settings(group, key)}")
-    return told
+                points.append(f"{task} {method}: `{key}` {_values(group, key)}")
+    return points
 
 
-def _how_made(report: Report) -> List[Block]:
-    blocks: List[Block] = []
-    for task in report.runs.tasks:
-        groups = {m: report.runs.of(task, m) for m in report.runs.methods}
-        groups = {m: group for m, group in groups.items() if group}
-        everyone = [run for group in groups.values() for run in group]
-        keys = _options(everyone)
-        if not keys:
-            if everyone:
-                blocks.append(Text(f"**{task}**: the logs do not hold fairseq's options.", "note"))
-            continue
-        differ = _differing(everyone)
-        alike = [key for key in _TOLD if key in keys and key not in differ]
-        resumed = [f"`{r.method}` seed {r.seed}" for r in everyone if r.log.starts > 1]
-        seeds = ", ".join(map(str, report.runs.seeds[task]))
-        told = " ".join(f"`{key}={_settings(everyone, key)}`" for key in alike)
-        blocks.append(Text(f"**{task}**, seeds {seeds}. The same in all runs: {told}"))
-        if resumed:
-            blocks.append(Text(f"Started more than once: {', '.join(resumed)}.", "note"))
-        other = [
-            f"`{r.method}` seed {r.seed} (log: {r.log.settings['seed']})"
-            for r in everyone
-            if r.log.settings.get("seed", str(r.seed)) != str(r.seed)
-        ]
-        if other:
-            told = f"The log's seed is not the folder's: {', '.join(other)}. "
-            blocks.append(Text(told + "Runs are paired by the folder's.", "warning"))
-        if differ:
-            rows = [[key, *(_settings(group, key) for group in groups.values())] for key in differ]
-            blocks.append(Table(f"{task}: options that differ", ["option", *groups], rows))
-        for method, group in groups.items():
-            if group[0].command:
-                command = " ".join(shlex.quote(str(word)) for word in group[0].command)
-                title = f"Command of {task}, {method}, seed {group[0].seed}"
-                blocks.append(Details(title, command))
-    if not any(run.command for run in report.runs.runs):
-        blocks.append(
-            Text("fairseq's log does not hold the command line, only the options above.", "note")
+def how_made(report: Report, task: str) -> Dict[str, Any]:
+    """Return how the complete runs of a task were made."""
+    groups = {m: report.runs.of(task, m) for m in report.runs.methods}
+    groups = {method: group for method, group in groups.items() if group}
+    everyone = report.runs.complete(task)
+    seeds = ", ".join(map(str, report.runs.seeds[task]))
+    differ = _differing(everyone)
+    alike = [k for k in _SHOWN if k not in differ and any(k in _options(r) for r in everyone)]
+    columns = [[key, *(_values(group, key) for group in groups.values())] for key in differ]
+    others = [
+        f"`{run.method}` seed {run.seed} (recorded: {run.settings['seed']})"
+        for run in everyone
+        if run.settings.get("seed", str(run.seed)) != str(run.seed)
+    ]
+    return {
+        "name": task,
+        "alike": table(
+            f"{task}, seeds {seeds}: the same in all runs",
+            ["option", "value"],
+            [[k, _values(everyone, k)] for k in alike],
         )
-    blocks.append(Text(_versions(), "note"))
-    return blocks
+        if alike
+        else "",
+        "differ": table(f"{task}: options that differ", ["option", *groups], columns)
+        if columns
+        else "",
+        "resumed": ", ".join(
+            f"`{run.method}` seed {run.seed} ({run.log.starts} starts)"
+            for run in everyone
+            if run.log.starts > 1
+        ),
+        "other_seeds": ", ".join(others),
+        "unknown": quoted([m for m, g in groups.items() if not all(r.settings for r in g)]),
+        "commands": {
+            f"Command of {task}, {method}, seed {group[0].seed}": html.escape(
+                " ".join(shlex.quote(str(word)) for word in group[0].command), quote=False
+            )
+            for method, group in groups.items()
+            if group[0].command
+        },
+    }
 
 
-def _versions() -> str:
-    told = [f"Python {platform.python_version()}"]
+def versions() -> str:
+    """Return the versions of what this environment has."""
+    text = [f"Python {platform.python_version()}"]
     for package in ("deltasam_fairseq", "fairseq-fixed", "fairseq", "torch", "scipy", "matplotlib"):
         try:
-            told.append(f"{package} {metadata.version(package)}")
+            text.append(f"{package} {metadata.version(package)}")
         except metadata.PackageNotFoundError:
             continue
-    return (
-        "fairseq's logs name no versions. Those of the environment that made this page, which may "
-        f"not be the runs': {', '.join(told)}."
-    )
+    return ", ".join(text)
 
 
-def _paper(report: Report) -> List[Block]:
-    source = report.paper.get("source", "")
-    return [
-        Text(
-            "Rows marked `paper` (in italics, shaded, below ours) are copied from the paper, not "
-            f"made by these runs: {source}. Other code, hardware and checkpoints: they are for "
-            f"orientation, and no test compares them with ours. {report.paper.get('missing', '')}"
-        )
-    ]
-
-
-def blocks_of(report: Report, source: Path, out: Path, command: str) -> List[Block]:
-    """Return the whole report; writes the pictures for Markdown into ``out``."""
+def context(report: Report) -> Dict[str, Any]:
+    """Return what report.md.jinja shows."""
     runs = report.runs
-    complete = sum(run.state == "complete" for run in runs.runs)
-    today = datetime.date.today().isoformat()
-    count = f"{complete} of {len(runs.runs)} runs complete"
-    tasks = f"{len(runs.tasks)} task{'s' * (len(runs.tasks) != 1)}"
-    blocks: List[Block] = [
-        Heading(1, "Fine-tuning on GLUE: methods side by side"),
-        Text(f"{len(runs.methods)} methods, {tasks}, {count}. Made on {today} by `{command}`."),
-    ]
-    if complete < len(runs.runs):
-        blocks.append(
-            Text(
-                f"{len(runs.runs) - complete} runs are missing, failed or incomplete and are in no "
-                "table: see [what is left out](#runs-that-are-left-out).",
-                "warning",
-            )
-        )
-    mixed = _mixed(report)
-    if mixed:
-        told = "Seeds of one method were trained with different options, so that they are no sample"
-        blocks.append(Text(f"{told}: {'; '.join(mixed)}.", "warning"))
-    blocks += [Heading(2, "In short"), Bullets(_in_short(report))]
-    blocks += [Heading(2, "How to read this"), Bullets(HOW_TO_READ)]
-    blocks.append(Heading(2, "Scores"))
-    blocks += [_overview(report, statistic) for statistic in ("mean", "median", "best")]
-    blocks += [Heading(2, "Differences to the baseline"), *_comparisons(report)]
-    one = f"relative to {report.one}" if report.one else ""
-    blocks += [Heading(2, f"Running time {one}".rstrip()), *_times(report)]
-    blocks += [Heading(2, "The paper's figures"), *_paper(report)]
-    blocks.append(Heading(2, "Task by task"))
-    for index, (task, metric) in enumerate(runs.tasks.items()):
-        blocks += _task(report, task, metric, out, index)
-    blocks += [Heading(2, "Runs that are left out"), *_left_out(report)]
-    blocks.append(Heading(2, "How the runs were made"))
-    blocks.append(Text(f"Read from the logs in `{source}`."))
-    return blocks + _how_made(report)
+    task = report.columns()[-1]
+    baseline = report.baseline
+    name = "average over all tasks" if task == AVERAGE else task
+    here = [c for c in report.compared if c.task == task]
+    return {
+        "methods": len(runs.methods),
+        "tasks": [task_section(report, task) for task in runs.tasks],
+        "complete": sum(run.state == "complete" for run in runs.runs),
+        "all": len(runs.runs),
+        "mixed": "; ".join(mixed(report)),
+        "in_short": in_short(report),
+        "overviews": [overview(report, statistic) for statistic in reversed(SCORES)],
+        "baseline": baseline,
+        "can_show": what_n_can_show(report.compared),
+        "differences": difference_table(here, f"Difference to {baseline}, {name}"),
+        "mean_differences": mean_differences(report) if task == AVERAGE else "",
+        "alpha": ALPHA,
+        "time_baseline": report.time_baseline,
+        "times": times(report) if report.time_baseline else "",
+        "timings": timings(report),
+        "paper": report.paper,
+        "uncounted": uncounted(report),
+        "made": [how_made(report, task) for task in runs.tasks],
+        "versions": versions(),
+    }

@@ -2,51 +2,108 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-import statistics
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from scipy import integrate, optimize, stats
+import numpy as np
+import pandas as pd
+from scipy import optimize, special, stats
 
-from examples.glue.report.runs import PACES, Run, Runs
+from examples.glue.report.runs import Runs
 
-AVERAGE = "average"  # stands where the name of a task does
+AVERAGE = "average"  # the name of the average in a list of tasks
 ALPHA = 0.05
+SCORES = ("best", "median", "mean")
 
 
-class Row(NamedTuple):
-    """A method on a task, over its complete seeds; None where too few are there.
+# --- over seeds -------------------------------------------------------------------------------
+def summarise(runs: Runs, time_baseline: Optional[str]) -> pd.DataFrame:
+    """Return a row for every task and method, over its complete runs; NaN where none are there.
 
-    Attributes:
+    Columns:
         n, of: complete runs; seeds that the task was run with.
         best, median, mean, std: of the runs' best epochs; std with n - 1.
         last: mean of the runs' last epochs.
-        parts: means of the metric's parts at the best epochs.
-        pace: updates a second: n over the sum of seconds an update.
-        pace_by: how that was found, the same for all methods of the task.
-        time: seconds an update relative to the method that counts as 1.
+        updates_per_second, timed_by: n over the sum of seconds an update; how it was measured.
+        time: seconds an update relative to the method ``time_baseline``.
         rho, sharpness, sharpness_std: radius, and the rise of the loss there.
+        ...: means of the metric's parts at the best epochs.
+
+    With several tasks, rows of the task AVERAGE follow: best, median, mean and last are means of
+    the tasks' figures, as papers have them; std is of the seeds' averages; time is the geometric
+    mean.  A figure that a task lacks is NaN in the average.
     """
+    frame = runs.frame()
+    complete = frame[frame.state == "complete"].assign(seconds=1 / frame.updates_per_second)
+    groups = complete.groupby(["task", "method"], sort=False)
+    rows = groups.agg(
+        n=("best", "size"),
+        best=("best", "max"),
+        median=("best", "median"),
+        mean=("best", "mean"),
+        std=("best", "std"),
+        last=("last", "mean"),
+        updates_per_second=("seconds", lambda seconds: 1 / seconds.mean()),
+        timed_by=("timed_by", "first"),
+        rho=("rho", "first"),
+        sharpness=("sharpness", "mean"),
+        sharpness_std=("sharpness", "std"),
+    )
+    names = {name for metric in runs.tasks.values() for _, name in metric.parts}
+    parts = [name for name in complete.columns if name in names]
+    if parts:  # where every run has it
+        rows = rows.join(groups[parts].agg(lambda part: part.mean(skipna=False)))
+    every = pd.MultiIndex.from_product([runs.tasks, runs.methods], names=["task", "method"])
+    rows = rows.reindex(every)
+    rows["n"] = rows["n"].fillna(0).astype(int)
+    rows.insert(1, "of", [len(runs.seeds[task]) for task, _ in every])
+    rows["rho"] = rows["rho"].where(rows["sharpness"].notna())
+    rows["timed_by"] = rows["timed_by"].fillna("")
+    speed = rows["updates_per_second"].unstack("method")
+    rows["time"] = math.nan
+    if time_baseline is not None:
+        base = speed[time_baseline].reindex(every, level="task")
+        rows["time"] = base / rows["updates_per_second"]
+    if len(runs.tasks) > 1:
+        rows = pd.concat([rows, _averages(runs, rows)])
+    return rows.reset_index()
 
-    task: str
-    method: str
-    n: int
-    of: int
-    best: Optional[float] = None
-    median: Optional[float] = None
-    mean: Optional[float] = None
-    std: Optional[float] = None
-    last: Optional[float] = None
-    parts: Dict[str, float] = {}
-    pace: Optional[float] = None
-    pace_by: str = ""
-    time: Optional[float] = None
-    rho: Optional[float] = None
-    sharpness: Optional[float] = None
-    sharpness_std: Optional[float] = None
+
+def _averages(runs: Runs, rows: pd.DataFrame) -> pd.DataFrame:
+    averages = {}
+    by_seed = scores_by_seed(runs)[AVERAGE]
+    for method in runs.methods:
+        mine, seeds = rows.xs(method, level="method"), by_seed[method]
+        means = mine[[*SCORES, "last"]].mean(skipna=False)
+        averages[AVERAGE, method] = {
+            "n": len(seeds),
+            "of": len(set().union(*runs.seeds.values())),
+            **means,
+            "std": pd.Series(seeds, dtype=float).std(),
+            "time": np.exp(np.log(mine["time"]).mean(skipna=False)),
+            "timed_by": "",
+        }
+    found = pd.DataFrame.from_dict(averages, orient="index")
+    return found.rename_axis(["task", "method"])
 
 
+def scores_by_seed(runs: Runs) -> Dict[str, Dict[str, Dict[int, float]]]:
+    """Return task -> method -> seed -> score of the complete runs.
+
+    With several tasks, AVERAGE has the means over the tasks of the seeds that are complete on all.
+    """
+    scores = {
+        task: {m: {run.seed: run.best for run in runs.of(task, m)} for m in runs.methods}
+        for task in runs.tasks
+    }
+    if len(scores) > 1:
+        tables = {m: pd.DataFrame([found[m] for found in scores.values()]) for m in runs.methods}
+        means = {m: table.mean(skipna=False).dropna() for m, table in tables.items()}
+        scores[AVERAGE] = {m: mean.sort_index().to_dict() for m, mean in means.items()}
+    return scores
+
+
+# --- paired by seed ---------------------------------------------------------------------------
 class Comparison(NamedTuple):
     """A method against the baseline, by the seeds that both completed.
 
@@ -72,96 +129,6 @@ class Comparison(NamedTuple):
     p_sign: Optional[float] = None
 
 
-# --- over seeds -------------------------------------------------------------------------------
-def deviation(values: Sequence[float]) -> Optional[float]:
-    """Return the standard deviation with n - 1; None for fewer than two values."""
-    return statistics.stdev(values) if len(values) > 1 else None
-
-
-def _average(values: Sequence[Optional[float]]) -> Optional[float]:
-    """Return the mean; None where a value is missing or there is none."""
-    known = [value for value in values if value is not None]
-    return statistics.mean(known) if known and len(known) == len(values) else None
-
-
-def common_rho(runs: Sequence[Run]) -> Optional[float]:
-    """Return the largest radius that every measured run was measured at; None without one."""
-    radii = [set(run.rises) for run in runs if run.rises]
-    shared = set.intersection(*radii) if radii else set()
-    return max(shared) if shared else None
-
-
-def summary(runs: Runs, one: Optional[str]) -> List[Row]:
-    """Return a row for every task and method; times relative to the method ``one``."""
-    rows = []
-    for task in runs.tasks:
-        groups = {method: runs.of(task, method) for method in runs.methods}
-        complete = [run for group in groups.values() for run in group]
-        way = next((p for p in PACES if all(p in r.log.paces for r in complete)), "")
-        rho = common_rho(complete)
-        seconds = {
-            method: statistics.mean(1 / run.log.paces[way] for run in group)
-            for method, group in groups.items()
-            if group and way
-        }
-        for method, group in groups.items():
-            row = Row(task, method, len(group), len(runs.seeds[task]))
-            if group:
-                scores = [run.best for run in group]
-                last = [run.last for run in group]
-                names = [n for n in group[0].parts if all(n in run.parts for run in group)]
-                measured = [run.rises[rho] for run in group if rho in run.rises] if rho else []
-                row = row._replace(
-                    best=max(scores),
-                    median=statistics.median(scores),
-                    mean=statistics.mean(scores),
-                    std=deviation(scores),
-                    last=statistics.mean(last),
-                    parts={n: statistics.mean(run.parts[n] for run in group) for n in names},
-                    rho=rho if measured else None,
-                    sharpness=statistics.mean(measured) if measured else None,
-                    sharpness_std=deviation(measured),
-                )
-            if method in seconds:
-                row = row._replace(pace=1 / seconds[method], pace_by=way)
-                if one in seconds:
-                    row = row._replace(time=seconds[method] / seconds[one])
-            rows.append(row)
-    return rows
-
-
-def seed_averages(runs: Runs, method: str) -> Dict[int, float]:
-    """Return a method's average over all tasks, for the seeds that are complete on every task."""
-    by_task = [{run.seed: run.best for run in runs.of(task, method)} for task in runs.tasks]
-    seeds = set.intersection(*(set(scores) for scores in by_task))
-    return {seed: statistics.mean(scores[seed] for scores in by_task) for seed in sorted(seeds)}
-
-
-def average_row(runs: Runs, rows: Sequence[Row], method: str) -> Row:
-    """Return a method's averages over tasks; a figure that a task lacks is None.
-
-    best, median and mean: of the tasks' figures, as papers have them.  std: of the seeds' averages.
-    time: the geometric mean.
-    """
-    mine = [row for row in rows if row.method == method]
-    by_seed = seed_averages(runs, method)
-    all_seeds = {seed for seeds in runs.seeds.values() for seed in seeds}
-    logs = _average([None if row.time is None else math.log(row.time) for row in mine])
-    return Row(
-        AVERAGE,
-        method,
-        len(by_seed),
-        len(all_seeds),
-        best=_average([row.best for row in mine]),
-        median=_average([row.median for row in mine]),
-        mean=_average([row.mean for row in mine]),
-        std=deviation(list(by_seed.values())),
-        last=_average([row.last for row in mine]),
-        time=None if logs is None else math.exp(logs),
-    )
-
-
-# --- paired by seed ---------------------------------------------------------------------------
 def sign_flip(differences: Sequence[float]) -> Optional[float]:
     """Return the two-sided exact p of "each difference is as likely with the other sign".
 
@@ -170,25 +137,29 @@ def sign_flip(differences: Sequence[float]) -> Optional[float]:
     """
     if not 2 <= len(differences) <= 16:
         return None
-    sizes = [abs(d) for d in differences]
-    seen = abs(sum(differences)) - 1e-9
-    patterns = itertools.product((-1, 1), repeat=len(sizes))
-    hits = sum(abs(sum(s * d for s, d in zip(signs, sizes))) >= seen for signs in patterns)
-    return float(hits / 2 ** len(sizes))
+
+    def total(values: np.ndarray, axis: int) -> np.ndarray:
+        return np.round(values.sum(axis=axis), 9)  # patterns with equal sums are equal
+
+    return float(
+        stats.permutation_test(
+            (np.asarray(differences),),
+            total,
+            permutation_type="samples",
+            vectorized=True,
+            n_resamples=2**17,  # more than there are patterns: all of them
+        ).pvalue
+    )
 
 
 def holm(ps: Sequence[Optional[float]]) -> List[Optional[float]]:
     """Return Holm's adjusted p values: max over j <= i of min(1, (m - j + 1) p_(j)).
 
-    None stays None and is not counted in m.
+    None stays None and is not counted in m.  By hand: scipy has no step-down correction.
     """
-    order = sorted((p, i) for i, p in enumerate(ps) if p is not None)
-    adjusted: List[Optional[float]] = [None] * len(ps)
-    highest = 0.0
-    for j, (p, i) in enumerate(order):
-        highest = max(highest, min(1.0, (len(order) - j) * p))
-        adjusted[i] = highest
-    return adjusted
+    known = pd.Series(ps, dtype=float).dropna().sort_values()
+    adjusted = (known * np.arange(len(known), 0, -1)).clip(upper=1.0).cummax()
+    return [adjusted.get(i) for i in range(len(ps))]
 
 
 def compare(
@@ -198,31 +169,26 @@ def compare(
     # Logs are rounded; without the rounding here, equal differences would differ in the last bit.
     differences = {s: round(scores[s] - base[s], 9) for s in sorted(scores) if s in base}
     found = Comparison(task, method, baseline, differences)
-    values = list(differences.values())
-    if not values:
+    values = np.array(list(differences.values()))
+    if not values.size:
         return found
-    mean, std = statistics.mean(values), deviation(values)
-    found = found._replace(mean=mean, std=std, p_sign=sign_flip(values))
-    if std is None:
+    found = found._replace(mean=float(values.mean()), p_sign=sign_flip(list(values)))
+    if len(values) < 2:
         return found
-    half = float(stats.t.ppf(1 - ALPHA / 2, len(values) - 1)) * std / math.sqrt(len(values))
-    found = found._replace(low=mean - half, high=mean + half)
-    if std == 0:  # t is 0 / 0 or infinite: no difference at all, or no test
-        return found._replace(p=1.0 if mean == 0 else None)
-    return found._replace(p=float(stats.ttest_1samp(values, 0.0).pvalue))
+    if np.ptp(values) == 0:  # t is 0 / 0 or infinite: no difference at all, or no test
+        return found._replace(
+            std=0.0, low=found.mean, high=found.mean, p=None if values.any() else 1.0
+        )
+    test = stats.ttest_1samp(values, 0.0)
+    low, high = map(float, test.confidence_interval(1 - ALPHA))
+    return found._replace(std=float(values.std(ddof=1)), low=low, high=high, p=float(test.pvalue))
 
 
 def comparisons(runs: Runs, baseline: str) -> List[Comparison]:
     """Return every method against the baseline, on every task and, with several, on average."""
-    others = [method for method in runs.methods if method != baseline]
     found: List[Comparison] = []
-    for task in [*runs.tasks, *([AVERAGE] if len(runs.tasks) > 1 else [])]:
-        scores = {
-            method: seed_averages(runs, method)
-            if task == AVERAGE
-            else {run.seed: run.best for run in runs.of(task, method)}
-            for method in runs.methods
-        }
+    for task, scores in scores_by_seed(runs).items():
+        others = [method for method in runs.methods if method != baseline]
         group = [compare(task, m, baseline, scores[m], scores[baseline]) for m in others]
         adjusted = holm([c.p for c in group])
         found += [c._replace(p_holm=p) for c, p in zip(group, adjusted)]
@@ -235,20 +201,10 @@ def least_difference(n: int) -> float:
 
 
 def detectable_difference(n: int, power: float = 0.8) -> float:
-    """Return the true difference, in standard deviations, that the paired t-test finds so often."""
-    edge, df = float(stats.t.ppf(1 - ALPHA / 2, n - 1)), n - 1
+    """Return the true difference, in standard deviations, that the paired t-test finds so often.
 
-    def missing(size: float) -> float:
-        shift = size * math.sqrt(n)
-
-        def found_at(s: float) -> float:  # s: the standard deviation that is seen, true one 1
-            density = stats.chi.pdf(s * math.sqrt(df), df) * math.sqrt(df)
-            return density * (stats.norm.sf(edge * s - shift) + stats.norm.cdf(-edge * s - shift))
-
-        # scipy's noncentral t is not a number for few differences
-        return float(integrate.quad(found_at, 0, 10, limit=200)[0]) - power
-
-    high = 0.5
-    while missing(high) < 0:
-        high *= 1.5
-    return float(optimize.brentq(missing, 1e-3, high))
+    t^2 is noncentral F with n size^2; scipy's noncentral t is not a number for few differences.
+    """
+    edge = n * least_difference(n) ** 2
+    nc = optimize.brentq(lambda nc: special.ncfdtr(1, n - 1, nc, edge) - (1 - power), 1e-6, 1e4)
+    return math.sqrt(nc / n)

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import html
 import io
 import math
 import re
-import statistics
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Sequence, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
-from examples.glue.report.numbers import Comparison, common_rho
-from examples.glue.report.runs import Metric, Run, Runs
+import matplotlib
+import pandas as pd
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+
+from examples.glue.report.numbers import Comparison
+from examples.glue.report.runs import Metric, Run, common_rho
 
 # Of middle lightness, so that they stand out from white and from black.
 COLOURS = "#3b82c4 #e0803a #2f9e6e #b45fc4 #c9971c #d9556b #3fa7b8 #7f8a96".split()
@@ -22,7 +28,6 @@ _INK, _GRID = "#010203", "#040506"
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "glue_report",
-    "font.family": "sans-serif",
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.spines.top": False,
@@ -39,7 +44,7 @@ def _style(ink: str, grid: str) -> Any:
     return {**_STYLE, **{f"{part}color": ink for part in parts}, "grid.color": grid}
 
 
-class Look(NamedTuple):
+class LineStyle(NamedTuple):
     """How a method is drawn, the same in all figures."""
 
     colour: str
@@ -47,132 +52,121 @@ class Look(NamedTuple):
     line: str
 
 
-def looks(methods: Sequence[str]) -> Dict[str, Look]:
-    """Return a look for every method: colour and marker; past eight also another line."""
+Styles = Dict[str, LineStyle]
+Groups = Dict[str, List[Run]]  # method -> its runs
+Panel = Tuple[str, Callable[[Any], None]]  # title, and what draws it on the axes
+
+
+def line_styles(methods: Sequence[str]) -> Styles:
+    """Return a style for every method: colour and marker; past eight also another line."""
     count = len(COLOURS)
     return {
-        method: Look(COLOURS[i % count], MARKERS[i % count], LINES[i // count % len(LINES)])
+        method: LineStyle(COLOURS[i % count], MARKERS[i % count], LINES[i // count % len(LINES)])
         for i, method in enumerate(methods)
     }
 
 
-Panel = Tuple[str, Callable[[Any], None]]  # title, and what draws it on the axes
+def over_epochs(key: str, run: Run) -> Dict[float, float]:
+    """Return a figure of a run by epoch."""
+    return {e["epoch"]: e[key] for e in run.log.epochs if math.isfinite(e.get(key, math.nan))}
 
 
-Points = Dict[float, List[float]]  # figures of the runs, by epoch or by distance
+def _over_distance(run: Run) -> Dict[float, float]:
+    points = zip(run.curves.get("radii") or (), run.curves.get("sam") or ())
+    return {radius: loss for radius, loss in points if loss is not None}
 
 
-def _over_epochs(runs: Sequence[Run], key: str) -> Points:
-    found: Points = {}
-    for run in runs:
-        for epoch in run.log.epochs:
-            if math.isfinite(epoch.get(key, math.nan)):
-                found.setdefault(epoch["epoch"], []).append(epoch[key])
-    return found
-
-
-def _over_distance(runs: Sequence[Run]) -> Points:
-    found: Points = {}
-    for run in runs:
-        for radius, loss in zip(*((run.curves or {}).get(key) or () for key in ("radii", "sam"))):
-            if loss is not None:
-                found.setdefault(radius, []).append(loss)
-    return found
-
-
-def _lines(groups: Dict[str, Points], styles: Dict[str, Look], below: str) -> Any:
-    """Return what draws a line a method through the means, in a band over all runs."""
+def _lines(
+    title: str, groups: Groups, points: Callable[[Run], Dict[float, float]], styles: Styles, x: str
+) -> Optional[Panel]:
+    """Return the panel with a line a method through the means, in a band over all runs."""
+    tables = {m: pd.DataFrame([points(run) for run in group]) for m, group in groups.items()}
+    tables = {method: table.sort_index(axis=1) for method, table in tables.items() if table.size}
+    if not tables:
+        return None
 
     def draw(axes: Any) -> None:
-        for method, points in groups.items():
-            if not points:
-                continue
-            look, x = styles[method], sorted(points)
-            low, high = [min(points[i]) for i in x], [max(points[i]) for i in x]
-            axes.fill_between(x, low, high, color=look.colour, alpha=0.1, lw=0)
-            axes.plot(
-                x,
-                [statistics.mean(points[i]) for i in x],
-                look.line,
-                color=look.colour,
-                marker=look.marker,
-                ms=3.5,
-                lw=1.5,
+        for method, table in tables.items():
+            style = styles[method]
+            axes.fill_between(
+                table.columns, table.min(), table.max(), color=style.colour, alpha=0.1, lw=0
             )
-        axes.set_xlabel(below)
-        if below == "epoch":
+            kind = {"color": style.colour, "marker": style.marker, "ls": style.line}
+            axes.plot(table.columns, table.mean(), ms=3.5, lw=1.5, **kind)
+        axes.set_xlabel(x)
+        if x == "epoch":
             axes.xaxis.get_major_locator().set_params(integer=True)
-            seen = {x for points in groups.values() for x in points}
+            seen = {epoch for table in tables.values() for epoch in table.columns}
             if len(seen) == 1:
                 axes.set_xlim(min(seen) - 1, min(seen) + 1)
 
-    return draw
+    return title, draw
 
 
-def _differences(found: Sequence[Comparison], styles: Dict[str, Look]) -> Any:
+def _differences(found: Sequence[Comparison], styles: Styles) -> Optional[Panel]:
     def draw(axes: Any) -> None:
         axes.axvline(0, color=axes.xaxis.label.get_color(), lw=0.9)
-        for i, comparison in enumerate(found):
-            look = styles[comparison.method]
-            values = list(comparison.differences.values())
-            axes.plot(values, [i] * len(values), look.marker, color=look.colour, ms=5, alpha=0.6)
-            if comparison.low is not None:
-                axes.plot([comparison.low, comparison.high], [i, i], color=look.colour, lw=1.4)
-            axes.plot([comparison.mean] * 2, [i - 0.28, i + 0.28], color=look.colour, lw=2.6)
-        axes.set_yticks(range(len(found)), [comparison.method for comparison in found])
-        axes.set_ylim(len(found) - 0.5, -0.5)
+        for i, c in enumerate(found):
+            style, values = styles[c.method], list(c.differences.values())
+            axes.plot(values, [i] * len(values), style.marker, color=style.colour, ms=5, alpha=0.6)
+            if c.low is not None:
+                axes.plot([c.low, c.high], [i, i], color=style.colour, lw=1.4)
+            axes.plot([c.mean] * 2, [i - 0.28, i + 0.28], color=style.colour, lw=2.6)
+        _name_rows(axes, [c.method for c in found])
         axes.set_xlabel(f"points above {found[0].baseline}, by seed")
-        axes.grid(False, axis="y")
 
-    return draw
+    return (f"best epoch, difference to {found[0].baseline}", draw) if found else None
 
 
-def _rises(groups: Dict[str, List[Run]], styles: Dict[str, Look], rho: float) -> Any:
-    measured = {m: [r.rises[rho] for r in g if rho in r.rises] for m, g in groups.items()}
-    measured = {method: values for method, values in measured.items() if values}
+def _rises(groups: Groups, styles: Styles, rho: Optional[float]) -> Optional[Panel]:
+    found = {m: [r.rises[rho] for r in g if rho in r.rises] for m, g in groups.items() if rho}
+    found = {method: values for method, values in found.items() if values}
 
     def draw(axes: Any) -> None:
-        for i, (method, values) in enumerate(measured.items()):
-            look = styles[method]
-            axes.barh(i, statistics.mean(values), height=0.6, color=look.colour, alpha=0.35)
-            axes.plot(values, [i] * len(values), look.marker, color=look.colour, ms=5)
-        axes.set_yticks(range(len(measured)), list(measured))
-        axes.set_ylim(len(measured) - 0.5, -0.5)
+        for i, (method, values) in enumerate(found.items()):
+            style = styles[method]
+            mean = sum(values) / len(values)
+            axes.barh(i, mean, height=0.6, color=style.colour, alpha=0.35)
+            axes.plot(values, [i] * len(values), style.marker, color=style.colour, ms=5)
+        _name_rows(axes, list(found))
         axes.set_xlabel(f"rise of the loss, rho {rho:g}")
-        axes.grid(False, axis="y")
 
-    return draw
+    return ("sharpness of the minimum", draw) if found else None
 
 
-def panels(
-    runs: Runs, task: str, metric: Metric, found: Sequence[Comparison], styles: Dict[str, Look]
-) -> List[Panel]:
-    """Return the panels of a task that its runs have figures for."""
-    groups = {method: runs.of(task, method) for method in runs.methods}
-    groups = {method: group for method, group in groups.items() if group}
-    complete = [run for group in groups.values() for run in group]
-    over_epochs = {
+def _name_rows(axes: Any, names: Sequence[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(False, axis="y")
+
+
+def curves(groups: Groups, metric: Metric, styles: Styles) -> List[Panel]:
+    """Return the panels over epochs that the runs have figures for."""
+    titles = {
         metric.key: f"{metric.name}, validation",
         "valid_loss": "loss, validation",
         "train_loss": "loss, training",
         "train_sharpness": "sharpness while training",
     }
-    list_: List[Panel] = []
-    for key, title in over_epochs.items():
-        points = {method: _over_epochs(group, key) for method, group in groups.items()}
-        if any(points.values()):
-            list_.append((title, _lines(points, styles, "epoch")))
-    here = [c for c in found if c.task == task and c.differences]
-    if here:
-        list_.append((f"best epoch, difference to {here[0].baseline}", _differences(here, styles)))
-    rho = common_rho(complete)
-    if rho is not None:
-        list_.append(("sharpness of the minimum", _rises(groups, styles, rho)))
-    points = {method: _over_distance(group) for method, group in groups.items()}
-    if any(points.values()):
-        below = "distance along SAM's ascent"
-        list_.append(("loss around the minimum", _lines(points, styles, below)))
-    return list_
+    panels = [
+        _lines(title, groups, partial(over_epochs, key), styles, "epoch")
+        for key, title in titles.items()
+    ]
+    return [panel for panel in panels if panel]
+
+
+def task_panels(
+    groups: Groups, metric: Metric, found: Sequence[Comparison], styles: Styles
+) -> List[Panel]:
+    """Return the panels of a task that its complete runs have figures for."""
+    rho = common_rho([run for group in groups.values() for run in group])
+    below = "distance along SAM's ascent"
+    panels = [
+        _differences([c for c in found if c.differences], styles),
+        _rises(groups, styles, rho),
+        _lines("loss around the minimum", groups, _over_distance, styles, below),
+    ]
+    return [*curves(groups, metric, styles), *(panel for panel in panels if panel)]
 
 
 def as_svg(panel: Panel, name: str) -> str:
@@ -182,9 +176,6 @@ def as_svg(panel: Panel, name: str) -> str:
         panel: what to draw.
         name: of the figure, unique in the page: identifiers within begin with it.
     """
-    import matplotlib
-    from matplotlib.figure import Figure
-
     title, draw = panel
     with matplotlib.rc_context(_style(_INK, _GRID)):
         figure = Figure(figsize=(3.9, 2.7), layout="constrained")
@@ -194,36 +185,39 @@ def as_svg(panel: Panel, name: str) -> str:
         file = io.StringIO()
         figure.savefig(file, format="svg", transparent=True, metadata={"Date": None})
     svg = file.getvalue()
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg[svg.index("<svg") :], flags=re.S)
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg)  # HTML knows them
-    svg = re.sub(r'\bid="', f'id="{name}-', svg)
-    svg = re.sub(r'(url\(|href=")#', rf"\1#{name}-", svg)
+    svg = re.sub(r'(\bid="|url\(#|href="#)', rf"\1{name}-", svg)
     svg = svg.replace(_INK, "currentColor").replace(_GRID, "var(--grid)")
-    svg = re.sub(r'^<svg [^>]*?viewBox="([^"]*)"[^>]*>', r'<svg role="img" viewBox="\1">', svg)
-    svg = svg.replace(">", f"><title>{title}</title>", 1)
-    return svg.strip()
+    return svg.replace("<svg ", '<svg role="img" ', 1).strip()
 
 
-def as_png(panels_: Sequence[Panel], styles: Dict[str, Look], path: Path) -> None:
-    """Write the panels of a task, with a legend, as one picture for the Markdown report."""
-    import matplotlib
-    from matplotlib.figure import Figure
-    from matplotlib.lines import Line2D
+def html_legend(styles: Styles) -> str:
+    """Return the methods with their colours, for the page."""
+    lines = {"-": "solid", ":": "dotted"}
+    keys = (
+        f'<span style="border-top: 3px {lines.get(style.line, "dashed")} {style.colour}">'
+        f"{html.escape(method)}</span>"
+        for method, style in styles.items()
+    )
+    return f'<p class="keys">{" ".join(keys)}</p>'
 
-    columns = min(3, len(panels_))
-    rows = -(-len(panels_) // columns)
+
+def write_png(panels: Sequence[Panel], styles: Styles, path: Path) -> None:
+    """Write panels, with a legend, as one picture."""
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
     with matplotlib.rc_context(_style("black", "#dddddd")):
         figure = Figure(figsize=(3.9 * columns, 2.7 * rows + 0.4), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False).flat
-        for axes in grid[len(panels_) :]:
+        for axes in grid[len(panels) :]:
             axes.set_axis_off()
-        for axes, (title, draw) in zip(grid, panels_):
+        for axes, (title, draw) in zip(grid, panels):
             draw(axes)
             axes.set_title(title, loc="left")
         keys = [
-            Line2D([], [], color=look.colour, marker=look.marker, ls=look.line, label=method)
-            for method, look in styles.items()
+            Line2D([], [], color=style.colour, marker=style.marker, ls=style.line, label=method)
+            for method, style in styles.items()
         ]
         figure.legend(handles=keys, loc="outside upper center", ncols=min(6, len(keys)))
         figure.savefig(path, dpi=110, metadata={"Software": None})

@@ -1,6 +1,7 @@
-"""Read a folder of GLUE runs: what every run reached, how fast, and why one does not count.
+"""Read a folder of runs: what every run reached, how fast, and why one does not count.
 
-A run is OUT/<TASK>/<method>-seed<N>/train.log, fairseq's log with ``--log-format json``.
+A run is the folder OUT/<TASK>/<method>-seed<N>, with fairseq's JSON log in train.log and, where
+hydra started it, its options in hydra/.hydra/config.yaml.
 """
 
 from __future__ import annotations
@@ -11,13 +12,15 @@ import re
 from pathlib import Path
 from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple
 
-from examples.common.runner import sharpness_folder
+import pandas as pd
+import yaml
 
-Epoch = Dict[str, float]  # fairseq's figures at the end of an epoch: valid_loss, train_ups, ...
+from examples.common.fairseq_log import TIMINGS, Log, read_log
+from examples.common.runner import sharpness_folder
 
 
 class Metric(NamedTuple):
-    """What a task is judged by; higher is better.
+    """What a task is scored by; higher is better.
 
     Attributes:
         key: of fairseq's log.
@@ -53,30 +56,6 @@ GLUE: Dict[str, Metric] = {  # in the order of the tables
     "RTE": ACCURACY,
 }
 
-# Ways to know the updates a second, the best first.
-INTERVALS = "log intervals"
-TRAIN_WALL = "train_wall"
-EPOCHS = "whole epochs, with validation"
-PACES = (INTERVALS, TRAIN_WALL, EPOCHS)
-
-
-class Log(NamedTuple):
-    """What a train.log says.
-
-    Attributes:
-        epochs: figures by epoch, in order.
-        paces: updates a second, by the way they were found.
-        settings: fairseq's options, as it printed them.
-        done: fairseq ended the training itself.
-        starts: how often training was started: above 1, the run was resumed.
-    """
-
-    epochs: List[Epoch]
-    paces: Dict[str, float]
-    settings: Dict[str, str]
-    done: bool
-    starts: int
-
 
 class Run(NamedTuple):
     """One fine-tuning run, also one that broke off or was never made.
@@ -86,6 +65,7 @@ class Run(NamedTuple):
         why: what is wrong, in words; empty for a complete run.
         best, last: the task's metric at its best and at its last epoch; NaN where there is none.
         parts: the metric's parts at the best epoch.
+        settings: fairseq's options, by name; empty where hydra left no configuration.
         rises: rise of the loss along SAM's ascent, by its radius rho, at the last weights.
         curves: loss along lines through the last weights, as sharpness.json has them.
     """
@@ -99,171 +79,80 @@ class Run(NamedTuple):
     best_epoch: int = 0
     last: float = math.nan
     parts: Dict[str, float] = {}
-    log: Log = Log([], {}, {}, False, 0)
+    log: Log = Log()
+    settings: Dict[str, str] = {}
     rises: Dict[float, float] = {}
-    curves: Optional[Dict[str, Any]] = None
+    curves: Dict[str, Any] = {}
     command: Sequence[str] = ()
 
 
-# --- a log ------------------------------------------------------------------------------------
-_VALUE = r"'(?:[^'\\]|\\.)*'|\"[^\"]*\"|\[[^\]]*\]|\([^)]*\)|[^,(){}\[\]]+"
-_IN_DICT = re.compile(rf"'(\w+)': ({_VALUE})")
-_IN_NAMESPACE = re.compile(rf"\b(\w+)=({_VALUE})")
-_COMPONENT = re.compile(r"'(\w+)': \{'_name': '?(\w+)")
-_ELSEWHERE = (
-    ("parameters", re.compile(r"num\. shared model params: ([\d,]+)")),
-    ("devices", re.compile(r"training on (\d+) devices")),
-    ("device", re.compile(r"rank +0: capabilities.*name = (.+?) *$")),
-)
+# --- a run ------------------------------------------------------------------------------------
+def read_settings(run: Path) -> Dict[str, str]:
+    """Return the options that hydra recorded for a run, by name; empty without its record.
 
-
-def settings_of(header: str) -> Dict[str, str]:
-    """Return fairseq's options, by name, from the line that it prints them in."""
-    found: Dict[str, str] = {}
-    for pattern in (_COMPONENT, _IN_NAMESPACE, _IN_DICT):
-        for key, value in pattern.findall(header):
-            if key != "_name" and value.strip() != "None":
-                found.setdefault(key, value.strip().strip("'\""))
-    return found
-
-
-def _numbers(line: str) -> Epoch:
-    """Return the figures of a JSON line; none for a line that was cut off."""
-    try:
-        stats = json.loads(line[line.index('{"epoch"') :])
-    except ValueError:
-        return {}
-    found = {}
-    for key, value in stats.items():
-        try:  # numbers come as strings; validation also logs lists of predictions
-            found[key] = float(value)
-        except (TypeError, ValueError):
-            continue
-    return found
-
-
-def read_log(text: str) -> Log:
-    """Read a train.log.
-
-    A resumed run logs some epochs again: the last time counts, and where it went back further,
-    what came after in the earlier attempt is dropped.  Of several validations in one epoch the last
-    counts.
-
-    Updates a second are taken from log intervals in which nothing else happened, no start, no
-    validation and no saving; else from the time that fairseq measured inside training steps
-    (whole seconds an epoch); else from whole epochs.
+    A component's name stands under that of its group: ``optimizer: delta_sam_adam``.
     """
-    epochs: Dict[int, Epoch] = {}
-    settings: Dict[str, str] = {}
-    done, starts = False, 0
-    before: Optional[float] = None  # updates made when the interval began; None: not a clean one
-    updates = elapsed = 0.0
-    for line in text.splitlines():
-        if "{'_name': None, 'common'" in line:
-            settings, done, starts, before = settings_of(line), False, starts + 1, None
-        elif "done training in" in line:
-            done = True
-        elif '{"epoch"' in line:
-            stats = _numbers(line)
-            if not stats:
-                continue
-            number = int(stats["epoch"])
-            for later in [n for n in epochs if n > number]:
-                del epochs[later]
-            if "update" not in stats:
-                epochs.setdefault(number, {}).update(stats)
-                before = None
-                continue
-            now, ups = stats.get("num_updates", 0.0), stats.get("ups", 0.0)
-            if before is not None and now > before and ups > 0:
-                updates, elapsed = updates + now - before, elapsed + (now - before) / ups
-            before = now
-        else:
-            for key, pattern in _ELSEWHERE:
-                match = pattern.search(line)
-                if match:
-                    settings[key] = match.group(1)
-    ordered = [epochs[number] for number in sorted(epochs)]
-    paces = _paces_of_epochs(ordered)
-    if elapsed > 0:
-        paces[INTERVALS] = updates / elapsed
-    return Log(ordered, paces, settings, done, max(starts, 1))
-
-
-def _paces_of_epochs(epochs: Sequence[Epoch]) -> Dict[str, float]:
-    trained = [epoch for epoch in epochs if "train_num_updates" in epoch]
-    counts = [epoch["train_num_updates"] for epoch in trained]
-    made = [after - before for before, after in zip([0.0, *counts], counts)]
-    wall = [epoch.get("train_train_wall", math.nan) for epoch in trained]
-    whole = [n / max(epoch.get("train_ups", 0.0), 1e-9) for n, epoch in zip(made, trained)]
-    found = {}
-    for name, seconds in ((TRAIN_WALL, sum(wall)), (EPOCHS, sum(whole))):
-        if trained and 0 < seconds < 1e8:
-            found[name] = sum(made) / seconds
+    path = run / "hydra" / ".hydra" / "config.yaml"
+    if not path.is_file():
+        return {}
+    found: Dict[str, str] = {}
+    for group, options in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        for key, value in options.items() if isinstance(options, dict) else ():
+            if value is not None and not str(value).startswith("${"):  # refers to another option
+                found.setdefault(group if key == "_name" else key, str(value))
     return found
 
 
-def metric_of(task: str, logs: Iterable[Log]) -> Metric:
-    """Return what a task is judged by.
+def metric_of(task: str, runs: Iterable[Run]) -> Metric:
+    """Return what a task is scored by.
 
-    A task that is not of GLUE is judged by accuracy, or else by the metric that its runs chose
-    their best checkpoint with.
+    For a task that is not GLUE's: accuracy, else the metric that its runs chose their best
+    checkpoint with.
     """
     if task in GLUE:
         return GLUE[task]
-    for log in logs:
-        chosen = log.settings.get("best_checkpoint_metric", "loss")
-        seen = set().union(*log.epochs) if log.epochs else set()
-        higher = log.settings.get("maximize_best_checkpoint_metric") == "True"
-        if ACCURACY.key not in seen and higher and f"valid_{chosen}" in seen:
+    for run in runs:
+        chosen = run.settings.get("best_checkpoint_metric", "loss")
+        logged = set().union(*run.log.epochs)
+        higher = run.settings.get("maximize_best_checkpoint_metric") == "True"
+        if ACCURACY.key not in logged and higher and f"valid_{chosen}" in logged:
             return Metric(f"valid_{chosen}", chosen.replace("_", " "))
     return ACCURACY
 
 
-# --- a run ------------------------------------------------------------------------------------
-def _whole(log: Log, key: str) -> int:
-    """Return an option that is a number; 0 where there is none, which is fairseq's "no limit"."""
-    try:
-        return int(float(log.settings.get(key, "0")))
-    except ValueError:
-        return 0
+def _limit(run: Run, key: str) -> int:
+    """Return an option that is a number; 0, which is fairseq's "no limit", where there is none."""
+    return int(float(run.settings.get(key, "0")))
 
 
-def _ended(log: Log) -> bool:
-    """Tell whether the training came to its end."""
-    last = log.epochs[-1]
-    if log.done or "train_num_updates" not in last:
-        return log.done
+def _ended(run: Run) -> bool:
+    """Whether the training came to its end."""
+    last = run.log.epochs[-1]
+    if run.log.done or "train_num_updates" not in last:
+        return run.log.done
     limits = ((last["epoch"], "max_epoch"), (last["train_num_updates"], "max_update"))
-    return any(0 < _whole(log, key) <= reached for reached, key in limits)
+    return any(0 < _limit(run, key) <= reached for reached, key in limits)
 
 
-def judge(run: Run, log: Optional[Log], metric: Metric, partial: bool = False) -> Run:
-    """Return the run with its score, or with what is wrong with it."""
-    if log is None:
-        return run._replace(state="failed", why="there is no train.log")
-    run = run._replace(log=log)
+def score(run: Run, metric: Metric, partial: bool = False) -> Run:
+    """Return a run whose log was read with its score, or with what is wrong with it."""
+    log = run.log
     if not log.epochs:
-        return run._replace(state="failed", why="no epoch was finished")
-    scores = [(e[metric.key], int(e["epoch"]), e) for e in log.epochs if metric.key in e]
-    finite = [score for score in scores if math.isfinite(score[0])]
+        return run._replace(state="failed", why=run.why or "no epoch was finished")
+    scores = [(e[metric.key], -int(e["epoch"]), e) for e in log.epochs if metric.key in e]
+    finite = [found for found in scores if math.isfinite(found[0])]
     if not finite:
         fault = "is never a number" if scores else "is not in the log"
         return run._replace(state="failed", why=f"{metric.key} {fault}")
-    best, number, epoch = max(finite, key=lambda score: (score[0], -score[1]))
+    best, negative, epoch = max(finite, key=lambda found: found[:2])
     parts = {name: epoch[key] for key, name in metric.parts if key in epoch}
-    run = run._replace(best=best, best_epoch=number, parts=parts, last=scores[-1][0])
-    if partial or not _ended(log):
-        limit = _whole(log, "max_epoch")
+    run = run._replace(best=best, best_epoch=-negative, parts=parts, last=scores[-1][0])
+    if partial or not _ended(run):
+        limit = _limit(run, "max_epoch")
         of = f" of {limit}" if limit else ""
-        why = f"training did not end; the log stops in or after epoch {number_of(log)}{of}"
+        why = f"training did not end; the log stops in or after epoch {log.last_epoch}{of}"
         return run._replace(state="incomplete", why=why)
     return run._replace(state="complete")
-
-
-def number_of(log: Log) -> int:
-    """Return the number of the last epoch in the log."""
-    return int(log.epochs[-1]["epoch"]) if log.epochs else 0
 
 
 def _json(path: Path) -> Dict[str, Any]:
@@ -275,49 +164,44 @@ def _json(path: Path) -> Dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _sharpness(folder: Path) -> Tuple[Dict[float, float], Optional[Dict[str, Any]]]:
-    """Return the rises by radius, and the curves, of ``<run>-sharpness/sharpness.json``."""
+def read_run(task: str, folder: Path) -> Run:
+    """Read the folder <method>-seed<N> of a run; the result has no score yet."""
+    method, _, seed = folder.name.rpartition("-seed")
+    run = Run(task, method, int(seed.split(".")[0]), "failed", "there is no train.log")
+    if (folder / "train.log").is_file():
+        run = run._replace(log=read_log(folder / "train.log"), why="")
     measured = _json(sharpness_folder(folder) / "sharpness.json")
-    rises = {}
-    for row in measured.get("sharpness") or ():
-        mean = (row.get("per_batch") or {}).get("mean")
-        if mean is not None:
-            rises[float(row["rho"])] = float(mean)
-    return rises, measured.get("curves")
+    means = {
+        float(row["rho"]): (row.get("per_batch") or {}).get("mean")
+        for row in measured.get("sharpness") or ()
+    }
+    return run._replace(
+        settings=read_settings(folder),
+        rises={rho: float(mean) for rho, mean in means.items() if mean is not None},
+        curves=measured.get("curves") or {},
+        command=_json(folder / "stage.json").get("command") or (),
+    )
 
 
 def read_task(folder: Path, methods: Optional[Sequence[str]] = None) -> Tuple[Metric, List[Run]]:
     """Read the runs of one task, in the order of method and seed."""
     found: Dict[Tuple[str, int], Path] = {}
-    for path in sorted(folder.iterdir()):  # <run>.partial, being made anew, comes after <run>
+    for path in sorted(folder.iterdir()):  # <run>.partial, being made again, comes after <run>
         match = re.fullmatch(r"(.+)-seed(\d+)(\.partial)?", path.name)
         if match and path.is_dir() and (methods is None or match.group(1) in methods):
             found[match.group(1), int(match.group(2))] = path
-    logs: Dict[Tuple[str, int], Optional[Log]] = {}
-    for key, path in found.items():
-        log = path / "train.log"
-        text = log.read_text(encoding="utf-8", errors="replace") if log.is_file() else None
-        logs[key] = None if text is None else read_log(text)
-    metric = metric_of(folder.name, [log for log in logs.values() if log is not None])
-    runs = []
-    for (method, seed), path in sorted(found.items()):
-        run = judge(
-            Run(folder.name, method, seed, "failed"),
-            logs[method, seed],
-            metric,
-            partial=path.suffix == ".partial",
-        )
-        rises, curves = _sharpness(path)
-        command = _json(path / "stage.json").get("command") or ()
-        runs.append(run._replace(rises=rises, curves=curves, command=command))
-    return metric, runs
+    paths = [path for _, path in sorted(found.items())]
+    runs = [read_run(folder.name, path) for path in paths]
+    metric = metric_of(folder.name, runs)
+    return metric, [score(r, metric, p.suffix == ".partial") for r, p in zip(runs, paths)]
 
 
+# --- all runs ---------------------------------------------------------------------------------
 class Runs(NamedTuple):
     """All runs of a report, missing ones too.
 
     Attributes:
-        tasks: what each is judged by, in the order of the tables.
+        tasks: what each is scored by, in the order of the tables.
         methods: in the order of the tables.
         seeds: of each task: every seed that any of its methods was run with.
         runs: one for every task, method and seed.
@@ -335,6 +219,48 @@ class Runs(NamedTuple):
             for run in self.runs
             if run.task == task and run.method == method and state in (None, run.state)
         ]
+
+    def complete(self, task: str) -> List[Run]:
+        """Return the complete runs of a task."""
+        return [run for run in self.runs if run.task == task and run.state == "complete"]
+
+    def timed_by(self, task: str) -> str:
+        """Return the most exact timing that all complete runs of a task have; empty without."""
+        has = [run.log.updates_per_second for run in self.complete(task)]
+        return next((way for way in TIMINGS if all(way in found for found in has)), "")
+
+    def rho(self, task: str) -> Optional[float]:
+        """Return the largest radius that every measured run of a task was measured at."""
+        return common_rho(self.complete(task))
+
+    def frame(self) -> pd.DataFrame:
+        """Return a row a run: what runs.csv has."""
+        rows = []
+        for run in self.runs:
+            timed_by, rho = self.timed_by(run.task), self.rho(run.task)
+            row = {
+                **{key: getattr(run, key) for key in ("task", "method", "seed", "state", "why")},
+                "metric": self.tasks[run.task].key,
+                "best": run.best,
+                "best_epoch": run.best_epoch or None,
+                "last": run.last,
+                "epochs": run.log.last_epoch or None,
+                "updates_per_second": run.log.updates_per_second.get(timed_by),
+                "timed_by": timed_by,
+                "rho": rho,
+                "sharpness": run.rises.get(rho) if rho is not None else None,
+                "starts": run.log.starts or None,
+            }
+            rows.append({**row, **run.parts})
+        whole = dict.fromkeys(("best_epoch", "epochs", "starts"), "Int64")
+        floats = dict.fromkeys(("updates_per_second", "rho", "sharpness"), float)
+        return pd.DataFrame(rows).astype({**whole, **floats})
+
+
+def common_rho(runs: Sequence[Run]) -> Optional[float]:
+    """Return the largest radius that every measured run was measured at; None without one."""
+    radii = [set(run.rises) for run in runs if run.rises]
+    return max(set.intersection(*radii), default=None) if radii else None
 
 
 # The usual methods first, in the order of the paper's tables; others after them by name.
@@ -360,30 +286,25 @@ def read_runs(
         ValueError: a task's folder is missing, or there is no run at all.
     """
     if tasks is None:
-        ranks = {name: f"{i}" for i, name in enumerate(GLUE)}
-        folders = sorted((p for p in out.iterdir() if p.is_dir()), key=lambda p: p.name)
-        tasks = [p.name for p in sorted(folders, key=lambda p: ranks.get(p.name, "~"))]
+        ranks = list(GLUE)
+        folders = sorted(p.name for p in out.iterdir() if p.is_dir())
+        tasks = sorted(folders, key=lambda n: ranks.index(n) if n in ranks else len(ranks))
     read = {}
     for task in tasks:
         if not (out / task).is_dir():
-            raise ValueError(f"--tasks {task}: {out / task} is no folder; name one that is there")
+            raise ValueError(f"--tasks {task}: directory {out / task} does not exist")
         metric, runs = read_task(out / task, methods)
-        if runs or methods is not None:
+        if runs:
             read[task] = (metric, runs)
-    everything = [run for _, runs in read.values() for run in runs]
-    if not everything:
+    known = {(run.task, run.method, run.seed): run for _, runs in read.values() for run in runs}
+    if not known:
         raise ValueError(f"{out}: holds no run; expected {out}/<TASK>/<method>-seed<N>/train.log")
-    read = {task: both for task, both in read.items() if both[1]}
-    order = list(methods) if methods else sorted({run.method for run in everything}, key=_rank)
+    order = list(methods) if methods else sorted({method for _, method, _ in known}, key=_rank)
     seeds = {task: sorted({run.seed for run in runs}) for task, (_, runs) in read.items()}
-    known = {(run.task, run.method, run.seed): run for run in everything}
     table = [
-        known.get(
-            (task, method, seed),
-            Run(task, method, seed, "missing", "there is no folder for it"),
-        )
-        for task in read
-        for method in order
-        for seed in seeds[task]
+        known.get((t, m, seed), Run(t, m, seed, "missing", "there is no folder for it"))
+        for t in read
+        for m in order
+        for seed in seeds[t]
     ]
     return Runs({task: metric for task, (metric, _) in read.items()}, order, seeds, table)
