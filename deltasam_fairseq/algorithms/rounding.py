@@ -190,6 +190,11 @@ def _joined(tensors: List[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor, Ten
         yield list(out), w, d
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return ``x`` in float32 if it is half precision, else as it is."""
+    return x.float() if x.element_size() < 4 else x
+
+
 def multiplied_in(x: Tensor) -> torch.dtype:
     """Precision that a matrix product multiplies ``x`` in, under the autocast in force.
 

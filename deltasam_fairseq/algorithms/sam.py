@@ -9,7 +9,7 @@ from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
 import torch
 from torch import Tensor
 
-from deltasam_fairseq.algorithms.rounding import StochasticRounding
+from deltasam_fairseq.algorithms.rounding import StochasticRounding, at_least_float32
 
 # Elements of half precision that are moved at a time: the float32 values in between are then
 # small beside the weights.
@@ -27,10 +27,6 @@ class Perturbation(NamedTuple):
 
     norm: Tensor
     realised: Tensor
-
-
-def _at_least_float32(x: Tensor) -> Tensor:
-    return x.float() if x.element_size() < 4 else x
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
@@ -92,7 +88,7 @@ def move_along_(
             torch.addcmul(w, d, scale.to(w.device, w.dtype), out=v)
             continue
         for v, w, d in _pieces(*tensors):
-            w = _at_least_float32(w)
+            w = at_least_float32(w)
             v.copy_(w + d.to(w.dtype) * scale.to(w.device, w.dtype))
     return torch.ones_like(scale, dtype=torch.float64)
 
@@ -160,7 +156,7 @@ def asam_ascent_(
     """
 
     def t(w: Tensor) -> Tensor:
-        return _at_least_float32(w).abs() + eta
+        return at_least_float32(w).abs() + eta
 
     norm = global_norm(t(w) * g for w, g in zip(weights, grads))
     direction = (t(w).square_() * g for w, g in zip(weights, grads))

@@ -9,7 +9,7 @@ from torch import Tensor
 from deltasam_fairseq.algorithms import running_mean_
 from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
 from deltasam_fairseq.checkpoints.reading import read_safely
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import RAW, WEIGHT_AVERAGE
 
 
 class UsageError(Exception):
@@ -40,9 +40,9 @@ def _weights(state: Dict[str, Any], path: str, raw: bool) -> Dict[str, Dict[str,
         for owner in ("model", "criterion")
         if state.get(owner) is not None
     }
-    saved = state.get("extra_state", {}).get(STATE)
+    saved = state.get("extra_state", {}).get(WEIGHT_AVERAGE)
     if raw and saved is not None:
-        for name, value in saved["raw"].items():
+        for name, value in saved[RAW].items():
             owner, key = name.split(".", 1)
             averages = modules[owner][key]
             for other, tensor in modules[owner].items():  # also the other names of a shared one
@@ -138,5 +138,5 @@ def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
             averagers.setdefault(owner, Averager()).add(module, path)
     for owner, averager in averagers.items():
         state[owner] = averager.result()
-    state.get("extra_state", {}).pop(STATE, None)
+    state.get("extra_state", {}).pop(WEIGHT_AVERAGE, None)
     return state

@@ -25,6 +25,8 @@ from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor
 
+from deltasam_fairseq.algorithms import at_least_float32
+
 # How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
 # of a sum of many terms in the precision of the model.
 _SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -77,15 +79,10 @@ class _RecordingModel:
         return getattr(self._model, name)
 
 
-def _at_least_float32(logits: Tensor) -> Tensor:
-    """fairseq's criterions compute losses of half precision in float32."""
-    return logits.float() if logits.element_size() < 4 else logits
-
-
 def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
     _, sample_size, logging_output = criterion.forward(recorder, sample)
-    logits = _at_least_float32(recorder.outputs[0][0])
+    logits = at_least_float32(recorder.outputs[0][0])
     targets = model.get_targets(sample, [logits]).view(-1)
     if criterion.regression_target:
         errors = F.mse_loss(logits.view(-1), targets.to(logits), reduction="none")
@@ -98,7 +95,7 @@ def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> 
 def _sentence_ranking(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
     _, sample_size, logging_output = criterion.forward(recorder, sample)
-    logits = _at_least_float32(torch.cat([output[0] for output in recorder.outputs], dim=1))
+    logits = at_least_float32(torch.cat([output[0] for output in recorder.outputs], dim=1))
     targets = model.get_targets(sample, [logits]).view(-1)
     losses = F.cross_entropy(logits, targets, reduction="none")
     return PerSentence(losses, sample_size, logging_output)

@@ -11,12 +11,13 @@ import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import kl, softened_kl, squared_difference, symmetric_kl
-
-
-def at_least_float32(x: Tensor) -> Tensor:
-    """Return ``x`` in float32 if it is half precision, else as it is."""
-    return x.float() if x.element_size() < 4 else x
+from deltasam_fairseq.algorithms import (
+    at_least_float32,
+    kl,
+    softened_kl,
+    squared_difference,
+    symmetric_kl,
+)
 
 
 class Objective(Protocol):

@@ -1,7 +1,7 @@
-"""Stochastic rounding in one kernel, by torch's own compiler.
+"""Stochastic rounding in one kernel, compiled by torch.
 
-Rounding is some fifteen operations on every weight, each of which reads and writes memory. On a
-GPU that is more than the update of a small batch can hide. Fused, a weight is read and written
+Rounding takes some fifteen operations a weight, each of which reads and writes memory. On a GPU
+that is more than the update of a small batch can hide. A compiled kernel reads and writes a weight
 once.
 """
 
@@ -17,77 +17,93 @@ from deltasam_fairseq.algorithms import OPERATIONS, Kernels, random_bits
 
 logger = logging.getLogger(__name__)
 
-_WORTH_IT = 1024  # weights of a piece
-_REMEDY = "the result is the same, the rounding slower; TORCH_COMPILE_DISABLE=1 skips the attempt"
+_MIN_COMPILED = 1024  # weights of a piece, below which the plain operations are as fast
 
 
-def fused_kernels(
+def rounding_kernels(
     dtype: torch.dtype,
     weights: Tensor,
     direction_in: torch.dtype,
     compiled: Optional[bool] = None,
 ) -> Kernels:
-    """What `StochasticRounding` is to compute with.
+    """Choose what `StochasticRounding` computes with, and log it.
 
     Args:
         dtype: that is rounded to.
         weights: some of the weights, in the precision that they are kept in.
         direction_in: precision of what they move along.
-        compiled: whether to; default: on a GPU.
+        compiled: whether to compile; default: on a GPU, unless TORCH_COMPILE_DISABLE=1.
 
     Returns:
-        compiled kernels, if torch can compile here and they compute the same; else torch's
-        operations, one after the other.
+        compiled kernels, if torch can compile here and they compute the same; else `OPERATIONS`.
     """
     if compiled is None:
         compiled = weights.is_cuda and os.environ.get("TORCH_COMPILE_DISABLE") != "1"
     if not compiled:
         return OPERATIONS
-    return _compiled(dtype, weights.dtype, direction_in, weights.device)
+    return _compile_and_check(dtype, weights.dtype, direction_in, weights.device)
+
+
+def _fall_back_to_operations(why: str) -> Kernels:
+    """The one place where a run goes over to the plain operations."""
+    logger.warning(
+        f"stochastic rounding {why}: plain operations take over, with the same result but slower; "
+        "TORCH_COMPILE_DISABLE=1 skips the attempt"
+    )
+    return OPERATIONS
 
 
 @functools.lru_cache(maxsize=None)
-def _compiled(
+def _compile_and_check(
     dtype: torch.dtype, kept_in: torch.dtype, direction_in: torch.dtype, device: torch.device
 ) -> Kernels:
     try:
-        from torch._inductor import config
-
-        config.compile_threads = 1  # in this process: workers would be forked off beside a GPU
-        compiled: Any = [torch.compile(kernel, dynamic=True) for kernel in OPERATIONS]
-        same = _compute_the_same(Kernels(*compiled), dtype, kept_in, direction_in, device)
-    except Exception as e:  # no compiler, no torch.compile: whatever is amiss on this machine
-        logger.warning(f"stochastic rounding is not compiled ({_reason(e)}): {_REMEDY}")
-        return OPERATIONS
+        kernels = Kernels(*map(_compile, OPERATIONS))
+        same = _compute_the_same(kernels, dtype, kept_in, direction_in, device)
+    except Exception as e:  # no compiler, no torch.compile, whatever is wrong on this machine
+        return _fall_back_to_operations(f"is not compiled ({_reason(e)})")
     if not same:
-        logger.warning(f"stochastic rounding, compiled, differs and is not used: {_REMEDY}")
-        return OPERATIONS
+        return _fall_back_to_operations("differs when compiled")
     logger.info(f"stochastic rounding to {dtype} is compiled")
-    return Kernels(*map(_until_it_fails, compiled, OPERATIONS))
+    return Kernels(*map(_call_until_it_fails, kernels, OPERATIONS))
 
 
-def _until_it_fails(compiled: Callable[..., Any], operations: Callable[..., Any]) -> Any:
-    """The compiled kernel, until it cannot be compiled for something that the check did not see."""
+def _compile(kernel: Callable[..., Any]) -> Callable[..., Any]:
+    from torch._inductor import config
+
+    compiled = torch.compile(kernel, dynamic=True)
+
+    def call(*args: Any) -> Any:
+        # Compile in this process: the compiler's workers would be forked beside a GPU.
+        with config.patch(compile_threads=1):
+            return compiled(*args)
+
+    return call
+
+
+def _call_until_it_fails(compiled: Callable[..., Any], operations: Callable[..., Any]) -> Any:
+    """The compiled kernel, until it cannot be compiled for a shape that the check did not see."""
     failed = False
 
     def kernel(*args: Any) -> Any:
         nonlocal failed
-        # For one number, and for none, torch would compile anew.
-        if not failed and args[0].numel() >= _WORTH_IT:
-            try:
-                return compiled(*args)
-            except Exception as e:
-                if "out of memory" in str(e):
-                    raise
-                logger.warning(f"stochastic rounding is compiled no longer ({_reason(e)})")
-                failed = True
-        return operations(*args)
+        # torch would compile again for one number, and for none.
+        if failed or args[0].numel() < _MIN_COMPILED:
+            return operations(*args)
+        try:
+            return compiled(*args)
+        except Exception as e:
+            if "out of memory" in str(e):
+                raise
+            failed = True
+            _fall_back_to_operations(f"is compiled no longer ({_reason(e)})")
+            return operations(*args)
 
     return kernel
 
 
 def _reason(error: Exception) -> str:
-    """The first line of what the compiler met, out of its own wrapping."""
+    """The first line of the compiler's own error, out of torch's wrapping."""
     error = getattr(error, "inner_exception", error)
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
@@ -100,9 +116,9 @@ def _compute_the_same(
     direction_in: torch.dtype,
     device: torch.device,
 ) -> bool:
-    """Compare with torch's operations on weights of all sizes, and on a NaN.
+    """Compare with the plain operations on weights of all sizes, and on a NaN.
 
-    A fused multiplication and addition rounds once less, by which one weight in 10^4 may fall to
+    A fused multiplication and addition rounds once less, so that one weight in 10^4 may fall to
     the other side.
     """
     n = 100_003

@@ -24,12 +24,13 @@ from deltasam_fairseq.algorithms import (
     update_generator,
 )
 from deltasam_fairseq.optim.adam import choose_step
-from deltasam_fairseq.optim.compiled_rounding import fused_kernels
+from deltasam_fairseq.optim.compiled_rounding import rounding_kernels
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
 
-# Where the optimizer state of a checkpoint holds float32 weights.
-_MASTERS = "sam_fp32_params"
+# Key of a checkpoint's optimizer state that holds float32 weights. It is not with the keys in
+# trainer/checkpoint_state.py because optim may not import the trainer.
+MASTERS = "sam_fp32_params"
 
 
 class SharpnessAwareOptimizer(FairseqOptimizer):
@@ -137,12 +138,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         return (1.0, -1.0) if self.probes_centrally else (1.0,)
 
     def draw_ahead(self, params: Sequence[Parameter], seed: int, update: int) -> None:
-        """Begin to draw the direction of the next `probe` of these arguments.
+        """Begin to draw the direction of the next `probe` of these arguments in a thread.
 
-        On a CPU one more thread does it while others compute what comes before the probe: its time
-        is then hidden where there is a core, or half of one, to spare. The numbers are the same.
+        Only on a CPU, where it hides the time of drawing behind the clean forward if a core, or
+        half of one, is free. The numbers are the same.
         """
-        self._drawn_ahead(seed, update)  # of an update that broke off
+        self._wait_for_direction()  # an update that broke off may have left one
         values = self.weights.values(params)
         device = values[0].device
         if (
@@ -155,23 +156,23 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             drawing = self._thread.submit(fill_direction_, out, generator, 1)
             self._drawing = (seed, update, drawing)
 
-    def _drawn_ahead(self, seed: int, update: int) -> bool:
-        """Wait for what `draw_ahead` began; whether it is the direction of these arguments."""
+    def _wait_for_direction(self) -> Optional[Tuple[int, int]]:
+        """Wait for the thread of `draw_ahead`; return seed and update of what it has drawn."""
         if self._drawing is None:
-            return False
-        of_seed, of_update, drawing = self._drawing
+            return None
+        seed, update, drawing = self._drawing
         self._drawing = None
         drawing.result()
-        return (of_seed, of_update) == (seed, update)
+        return seed, update
 
     def probe(
         self, params: Sequence[Parameter], seed: int, update: int, sign: float = 1.0
     ) -> Tensor:
         """Move the weights to ``w + sign R u / ||u||``, ``u ~ N(0, I)`` (Eq. 3).
 
-        R is rho where the forward computes in float32 or better. In half precision such a
-        probe would be rounded away, and R is one that the weights resolve, see
-        `resolvable_radius`; --delta-sam-probe-radius overrides both.
+        R is rho where the forward computes in float32 or better. Half precision would round such
+        a probe away; there R is one that the weights resolve, see `resolvable_radius`.
+        --delta-sam-probe-radius overrides both.
 
         Args:
             params: all trainable weights, in the same order on every process.
@@ -182,34 +183,46 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             R, 0-dim float64.
         """
         values = self.weights.values(params)
-        generator = probe_generator(seed, update, values[0].device)
-        if self.probe_radius is None and self.half_dtype is not None:
-            radius = resolvable_radius(values, self.half_dtype).clamp(min=self.rho)
-        else:
-            radius = torch.full(
-                (),
-                self.rho if self.probe_radius is None else self.probe_radius,
-                dtype=torch.float64,
-                device=values[0].device,
-            )
+        radius = self._choose_probe_radius(values)
 
         def write(out: List[Tensor]) -> None:
             if out[0].element_size() >= 4:
-                with torch.autograd.profiler.record_function("sam-draw"):
-                    if not self._drawn_ahead(seed, update):
-                        fill_direction_(out, generator, torch.get_num_threads())
-                    norm = global_norm(out)
-                move_along_(out, values, out, sign * radius / norm)
-                return
-            # Half precision cannot hold u itself. It is drawn a weight at a time, and its norm
-            # is that of d standard normal numbers, sqrt(d) but for a share of 1 / sqrt(2 d).
-            d = sum(v.numel() for v in out)
-            u = directions(out, generator)
-            move_along_(out, values, u, sign * radius / d**0.5)
+                self._draw_and_move(out, values, sign * radius, seed, update)
+            else:
+                self._move_while_drawing(out, values, sign * radius, seed, update)
 
         with torch.autograd.profiler.record_function("sam-perturb"):
             self.weights.move(params, write)
         return radius
+
+    def _choose_probe_radius(self, values: List[Tensor]) -> Tensor:
+        """R, 0-dim float64, on the device of the weights."""
+        if self.probe_radius is None and self.half_dtype is not None:
+            return resolvable_radius(values, self.half_dtype).clamp(min=self.rho)
+        radius = self.rho if self.probe_radius is None else self.probe_radius
+        return torch.full((), radius, dtype=torch.float64, device=values[0].device)
+
+    def _draw_and_move(
+        self, out: List[Tensor], values: List[Tensor], distance: Tensor, seed: int, update: int
+    ) -> None:
+        """Draw u where the moved weights go, unless `draw_ahead` did; take its norm; move."""
+        with torch.autograd.profiler.record_function("sam-draw"):
+            if self._wait_for_direction() != (seed, update):
+                generator = probe_generator(seed, update, values[0].device)
+                fill_direction_(out, generator, torch.get_num_threads())
+            norm = global_norm(out)
+        move_along_(out, values, out, distance / norm)
+
+    def _move_while_drawing(
+        self, out: List[Tensor], values: List[Tensor], distance: Tensor, seed: int, update: int
+    ) -> None:
+        """The same for half precision, which cannot hold u: draw it a weight at a time.
+
+        The norm of d standard normal numbers is sqrt(d) but for a share of 1 / sqrt(2 d).
+        """
+        d = sum(v.numel() for v in out)
+        u = directions(out, probe_generator(seed, update, values[0].device))
+        move_along_(out, values, u, distance / d**0.5)
 
     def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Perturbation:
         """Move the weights to ``w + eps*`` along the gradients that they hold, reduced already.
@@ -232,7 +245,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if self.half_dtype is not None and grads:
             generator = update_generator(seed, update, ROUNDING, params[0].device)
             direction_in = grads[0].dtype if self.eta is None else torch.float32
-            kernels = fused_kernels(self.half_dtype, values[0], direction_in)
+            kernels = rounding_kernels(self.half_dtype, values[0], direction_in)
             rounding = StochasticRounding(self.half_dtype, generator, kernels)
 
         @torch.no_grad()
@@ -306,12 +319,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         state = dict(self.base.state_dict())
         if isinstance(self.weights, OverwrittenWeights):
-            state[_MASTERS] = [p.data for p in self.params]
+            state[MASTERS] = [p.data for p in self.params]
         return state
 
     def load_state_dict(self, state_dict: Dict[str, Any], optimizer_overrides: Any = None) -> None:
         state = dict(state_dict)
-        masters = state.pop(_MASTERS, None)
+        masters = state.pop(MASTERS, None)
         self.base.load_state_dict(state, optimizer_overrides)
         if isinstance(self.weights, OverwrittenWeights) and masters is not None:
             own = list(self.params)

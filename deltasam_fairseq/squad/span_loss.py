@@ -3,8 +3,7 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import kl, softened_kl, symmetric_kl
-from deltasam_fairseq.criterions.task_losses import at_least_float32
+from deltasam_fairseq.algorithms import at_least_float32, kl, softened_kl, symmetric_kl
 
 # Logit of what cannot be; finite, so that a divergence of two such is 0 and not NaN.
 _IMPOSSIBLE = -1e30

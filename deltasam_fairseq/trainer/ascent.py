@@ -1,4 +1,4 @@
-"""The ascent of an update: the gradient at w that the weights climb along.
+"""The ascent of an update: move the weights along the gradient at w.
 
     SAM         gradient of the batch loss
     delta-SAM   clean losses, losses at the probe, weights of the sentences (Eq. 3 to 6), gradient
@@ -6,7 +6,7 @@
     both        reduced over ranks; w -> w + eps*
     cheaper     the gradient from a fraction of the sentences, or of some weights only
 
-This module sequences what an ascent consists of, as ``trainer`` does for the update around it.
+This module orders the steps of an ascent; ``sharpness_aware`` orders those of the update.
 """
 
 import contextlib
@@ -19,7 +19,6 @@ from torch import Tensor
 
 from deltasam_fairseq.algorithms import (
     SENTENCES,
-    Reweighting,
     guardedness,
     guardedness_sums,
     reweight,
@@ -43,7 +42,7 @@ Prepared = Tuple[Dict[str, Any], bool]
 
 
 def autocast(cfg: Any) -> ContextManager[None]:
-    """What fairseq's task runs a forward in: under --amp, CUDA's autocast (none on a CPU)."""
+    """Autocast as in fairseq's task: CUDA's under --amp (which does nothing on a CPU)."""
     return torch.autocast("cuda") if cfg.common.amp else contextlib.nullcontext()
 
 
@@ -52,8 +51,8 @@ class AscentStep:
 
     Args:
         trainer: fairseq's, of the model, the criterion and the processes.
-        sam: its optimizer, out of its precision wrappers.
-        weights: those that are perturbed.
+        sam: its optimizer, without precision wrappers.
+        weights: to perturb.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class AscentStep:
         Args:
             samples: this rank's micro-batches.
             replay: called before every pass over them.
-            loss_scale: what ``optimizer.backward`` multiplies the loss by.
+            loss_scale: that ``optimizer.backward`` multiplies the loss by.
         """
         trainer, sam = self._trainer, self._sam
         trainer.model.train()
@@ -86,7 +85,7 @@ class AscentStep:
         if self._sync.needed:
             with torch.autograd.profiler.record_function("reduce-grads"):
                 self._sync.average_grads()
-            scale = scale / trainer.data_parallel_world_size  # what reduces gradients averages them
+            scale = scale / trainer.data_parallel_world_size  # the reduction averages gradients
         ascent = sam.ascend(self._weights.parameters(), *self._draw())
         log.ascent_gnorm = ascent.norm * log.weights_divisor / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
@@ -95,7 +94,7 @@ class AscentStep:
     def _sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
         """Gradient of the batch loss, accumulated as fairseq's train_step does it."""
         trainer, sam = self._trainer, self._sam
-        # The criterion's data-parallel wrapper would reduce what is to stay with the rank.
+        # The criterion's data-parallel wrapper would average gradients that belong to one rank.
         criterion = trainer.get_criterion() if self._sync.local_only else trainer.criterion
         sums = trainer.task.logging_outputs_can_be_summed(trainer.get_criterion())
         log = StepMetrics(sam.per_rank, estimated=sam.ascent_fraction < 1, sums=sums)
@@ -120,7 +119,7 @@ class AscentStep:
     def _draw_part(
         self, sample: Dict[str, Any], generator: torch.Generator
     ) -> Tuple[Dict[str, Any], float]:
-        """Some sentences at random, and what share of the mini-batch's they are."""
+        """Draw sentences of a mini-batch; return them and their share of it."""
         if self._sam.ascent_fraction == 1:
             return sample, 1.0
         n = number_of_sentences(sample)
@@ -131,110 +130,114 @@ class AscentStep:
         return take_sentences(sample, kept, self._trainer.get_criterion().padding_idx)
 
     def _delta_sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
-        """Gradient of ``sum_j g'_j l_j``.
-
-        With one micro-batch the clean forward of Eq. 3 and the forward of the ascent are the
-        same: it runs once, with its graph. With several, the weights of the first depend on the
-        last, so the clean losses come from forwards of their own. So they do where only the most
-        unguarded sentences climb, which are known after the probe. A central difference needs none.
-        """
+        """Gradient of ``sum_j g'_j l_j``."""
         trainer, sam = self._trainer, self._sam
         trainer.model.set_num_updates(trainer.get_num_updates())
         if not self._losses_checked:
             self._check_per_sentence_losses(samples[0][0], replay)
             self._losses_checked = True
-
         sam.draw_ahead(self._weights.parameters(), *self._draw())
         log = StepMetrics(per_rank=sam.per_rank)
         if sam.ascent_fraction < 1:
             self._backward_of_most_unguarded(samples, replay, log)
-            return log
-        done, central = 0, sam.probes_centrally
-        if len(samples) > 1:
-            clean = None
-            if not central:
-                clean = [found.losses for found in self._forwards(samples, replay)]
-            reweighting = self._reweight(samples, clean, replay, log)
-        replay()
-        for i, (sample, is_dummy) in enumerate(samples):
-            with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
-                with autocast(self._trainer.cfg):
-                    losses, sample_size, logging_output = self._forward(trainer.model, sample)
-                if len(samples) == 1:
-                    clean = None if central else [losses]
-                    reweighting = self._reweight(samples, clean, replay, log)
-                if is_dummy:
-                    weights = torch.zeros_like(losses)
-                else:
-                    weights = reweighting.weights[done : done + len(losses)]
-                    weights = (weights / log.weights_divisor).to(losses)
-                    done += len(losses)
-                self._backward((weights * losses).sum())
-            log.add(logging_output, sample_size, is_dummy)
+        elif len(samples) == 1:
+            self._backward_through_clean_forward(samples, replay, log)
+        else:
+            self._backward_after_reweighting(samples, replay, log)
         return log
+
+    def _backward_through_clean_forward(
+        self, samples: List[Prepared], replay: RngReplay, log: StepMetrics
+    ) -> None:
+        """One micro-batch: the clean forward of Eq. 3 keeps its graph, for the backward."""
+        ((sample, is_dummy),) = samples
+        replay()
+        with self._sync.no_sync_unless_last(last=True):
+            clean = self._forward_with_graph(sample)
+            (weights,) = self._reweight(samples, [clean], replay, log)
+            self._backward((weights.to(clean.losses) * clean.losses).sum())
+        log.add(clean.logging_output, clean.sample_size, is_dummy)
+
+    def _backward_after_reweighting(
+        self, samples: List[Prepared], replay: RngReplay, log: StepMetrics
+    ) -> None:
+        """Several: the weights of the first depend on the last, and are known before any graph."""
+        clean = None if self._sam.probes_centrally else self._forwards(samples, replay)
+        weights_of = self._reweight(samples, clean, replay, log)
+        replay()
+        for i, ((sample, is_dummy), weights) in enumerate(zip(samples, weights_of)):
+            with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
+                found = self._forward_with_graph(sample)
+                self._backward((weights.to(found.losses) * found.losses).sum())
+            log.add(found.logging_output, found.sample_size, is_dummy)
 
     def _backward_of_most_unguarded(
         self, samples: List[Prepared], replay: RngReplay, log: StepMetrics
     ) -> None:
-        """Gradient of ``sum_j g'_j l_j`` over the j of largest ``|a_j|`` of every micro-batch.
+        """The same over the j of largest ``|a_j|`` of every micro-batch, known after the probe.
 
         The weights are those among all sentences, and so are the figures for the log.
         """
         clean = self._forwards(samples, replay)
-        at_w = None if self._sam.probes_centrally else [found.losses for found in clean]
-        reweighting = self._reweight(samples, at_w, replay, log)
-        of_sentences, done = reweighting.weights / log.weights_divisor, 0
+        weights_of = self._reweight(samples, clean, replay, log)
         replay()
-        for i, ((sample, is_dummy), found) in enumerate(zip(samples, clean)):
-            n = len(found.losses)
-            if is_dummy:
-                weights = torch.zeros_like(found.losses)
-            else:
-                weights = of_sentences[done : done + n]
-                done += n
+        for i, ((sample, is_dummy), weights) in enumerate(zip(samples, weights_of)):
             kept = most_unguarded(weights, self._sam.ascent_fraction)
             with self._sync.no_sync_unless_last(last=i == len(samples) - 1):
-                with autocast(self._trainer.cfg):
-                    losses = self._forward(self._trainer.model, self._take(sample, kept)).losses
+                losses = self._forward_with_graph(self._take(sample, kept)).losses
                 self._backward((weights[kept].to(losses) * losses).sum())
-            log.add(found.logging_output, found.sample_size, is_dummy)
+            log.add(clean[i].logging_output, clean[i].sample_size, is_dummy)
 
     def _reweight(
         self,
         samples: List[Prepared],
-        clean: Optional[List[Tensor]],
+        clean: Optional[List[PerSentence]],
         replay: RngReplay,
         log: StepMetrics,
-    ) -> Reweighting:
-        """Probe (Eq. 3), then the weights of this rank's sentences in the global batch.
+    ) -> List[Tensor]:
+        """Probe (Eq. 3), then weigh this rank's sentences in the global batch (Eq. 4 to 6).
 
         Args:
-            clean: losses at w, of each micro-batch; None for a central difference.
+            clean: found at w, one a micro-batch; a central difference does not need it.
+            log: receives the `Reweighting` and the radius of the probe.
+
+        Returns:
+            ``N g'_j / log.weights_divisor``, one tensor a micro-batch; 0 for a dummy.
         """
-        sam, probed = self._sam, []
-        for sign in sam.probe_signs:
-            radius = sam.probe(self._weights.parameters(), *self._draw(), sign)
-            try:
-                probed.append([found.losses for found in self._forwards(samples, replay)])
-            finally:
-                sam.weights.restore()
-        if clean is None:
-            rises = [guardedness(behind, ahead) / 2 for ahead, behind in zip(*probed)]
-        else:
-            rises = [guardedness(at_w, ahead) for ahead, at_w in zip(probed[0], clean)]
+        rises, radius = self._probe(samples, clean, replay)
         with torch.autograd.profiler.record_function("sam-reweight"):
             real = [rise[: 0 if is_dummy else None] for rise, (_, is_dummy) in zip(rises, samples)]
-            a = torch.cat(real) * (sam.rho / radius)
+            a = torch.cat(real) * (self._sam.rho / radius)
             sums = guardedness_sums(a)
             if self._sync.needed:
                 with torch.autograd.profiler.record_function("sam-reduce"):
                     group = self._trainer.data_parallel_process_group
                     distributed_utils.all_reduce(sums, group=group)
-            log.reweighting, log.probe_radius = reweight(a, sums, sam.beta), radius
-        if sam.half_dtype is not None:
-            # eps* does not depend on the size of the weights, but fp16 gradients overflow by it.
-            log.weights_divisor = log.reweighting.r.clamp(min=1)
-        return log.reweighting
+            log.reweighting, log.probe_radius = reweight(a, sums, self._sam.beta), radius
+            if self._sam.half_dtype is not None:
+                # eps* does not depend on the size of the weights; fp16 gradients overflow by it.
+                log.weights_divisor = log.reweighting.r.clamp(min=1)
+            weights = (log.reweighting.weights / log.weights_divisor).split([len(x) for x in real])
+            return [w if len(w) else torch.zeros_like(rise) for w, rise in zip(weights, rises)]
+
+    def _probe(
+        self, samples: List[Prepared], clean: Optional[List[PerSentence]], replay: RngReplay
+    ) -> Tuple[List[Tensor], Tensor]:
+        """Guardedness ``a_j`` at the probe's radius, one tensor a micro-batch; the radius."""
+        sam, probed = self._sam, []
+        for sign in sam.probe_signs:
+            radius = sam.probe(self._weights.parameters(), *self._draw(), sign)
+            try:
+                probed.append(self._forwards(samples, replay))
+            finally:
+                sam.weights.restore()
+        if sam.probes_centrally:
+            ahead, behind = probed
+            rises = [guardedness(b.losses, a.losses) / 2 for a, b in zip(ahead, behind)]
+        else:
+            assert clean is not None
+            rises = [guardedness(c.losses, p.losses) for c, p in zip(clean, probed[0])]
+        return rises, radius
 
     def _forwards(self, samples: List[Prepared], replay: RngReplay) -> List[PerSentence]:
         """Losses of all sentences, one `PerSentence` a micro-batch, without graph."""
@@ -242,6 +245,10 @@ class AscentStep:
         with torch.no_grad(), autocast(self._trainer.cfg):
             model = self._trainer.get_model()
             return [self._forward(model, sample) for sample, _ in samples]
+
+    def _forward_with_graph(self, sample: Dict[str, Any]) -> PerSentence:
+        with autocast(self._trainer.cfg):
+            return self._forward(self._trainer.model, sample)
 
     def _forward(self, model: torch.nn.Module, sample: Dict[str, Any]) -> PerSentence:
         name = "sam-forward" if torch.is_grad_enabled() else "sam-forward-nograd"
@@ -253,7 +260,7 @@ class AscentStep:
             self._trainer.optimizer.backward(loss)
 
     def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: RngReplay) -> None:
-        """Once a run: the per-sentence losses add up to what the criterion itself returns."""
+        """Require once a run that the per-sentence losses add up to the criterion's own loss."""
         criterion, model = self._trainer.get_criterion(), self._trainer.get_model()
         total = self._forwards([(sample, False)], replay)[0].losses.double().sum().item()
         replay()
@@ -262,7 +269,7 @@ class AscentStep:
         require_same_sum(criterion, total, stock, next(model.parameters()).dtype)
 
     def _draw(self) -> Tuple[int, int]:
-        """What the random numbers of an update depend on."""
+        """Seed and update, on which the random numbers of an update depend."""
         return self._trainer.cfg.common.seed, self._trainer.get_num_updates()
 
     def _task_kwargs(self) -> Dict[str, Any]:

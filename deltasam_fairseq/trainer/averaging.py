@@ -19,12 +19,10 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_start
 from deltasam_fairseq.optim import masters_of
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE, N
 from deltasam_fairseq.trainer.weight_average import WeightAverage, raw_weights
 
 logger = logging.getLogger(__name__)
-
-# Key of a checkpoint's extra state.
-STATE = "deltasam_weight_average"
 
 
 class AveragingTrainer(Trainer):
@@ -143,7 +141,7 @@ class AveragingTrainer(Trainer):
             state = super().state_dict()
             own = average.put_into(raw, state["model"], state["criterion"])
         if not self.cfg.checkpoint.no_save_optimizer_state:
-            state["extra_state"][STATE] = own
+            state["extra_state"][WEIGHT_AVERAGE] = own
         return state
 
     def load_checkpoint(
@@ -161,7 +159,7 @@ class AveragingTrainer(Trainer):
         extra_state = super().load_checkpoint(
             filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
         )
-        saved = (extra_state or {}).pop(STATE, None)
+        saved = (extra_state or {}).pop(WEIGHT_AVERAGE, None)
         if saved is None or reset_optimizer:
             return extra_state
         masters = masters_of(self.optimizer) or {}
@@ -175,13 +173,13 @@ class AveragingTrainer(Trainer):
         if average is not None and not reset_lr_scheduler:
             average.load_state_dict(saved)
             logger.info(f"going on with an average of {average.n} weights")
-        elif average is not None and saved["n"]:
+        elif average is not None and saved[N]:
             logger.warning(
-                f"{filename} holds an average of {saved['n']} weights; training goes on from the "
+                f"{filename} holds an average of {saved[N]} weights; training goes on from the "
                 "weights themselves and without it, as --reset-lr-scheduler is given: averaging "
                 f"begins anew from {scheduler.start} on"
             )
-        elif saved["n"]:
+        elif saved[N]:
             logger.warning(
                 f"{filename} holds an average of weights; training goes on from the weights "
                 "themselves and without it, as --lr-scheduler is not swa_*. To train on from the "

@@ -9,8 +9,11 @@ from deltasam_fairseq.lr_schedulers import SWAScheduler
 from deltasam_fairseq.optim import sharpness_aware
 
 # Keys of a checkpoint's extra state.
-_SCALER = "deltasam_loss_scaler"
-_CRITERION = "deltasam_criterion"
+LOSS_SCALER = "deltasam_loss_scaler"
+CRITERION = "deltasam_criterion"
+WEIGHT_AVERAGE = "deltasam_weight_average"
+# Keys in WEIGHT_AVERAGE: number of weights in the average, averages by name, weights by name.
+N, AVERAGES, RAW = "n", "averages", "raw"
 
 
 def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
@@ -24,11 +27,11 @@ def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
     """
     state: Dict[str, Any] = {}
     if _keeps_scaler(trainer):
-        state[_SCALER] = _scaler_counters(trainer)
+        state[LOSS_SCALER] = _scaler_counters(trainer)
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
         if not trainer.cfg.checkpoint.no_save_optimizer_state:
-            state[_CRITERION] = criterion.regulariser.state_dict()
+            state[CRITERION] = criterion.regulariser.state_dict()
     return state
 
 
@@ -36,8 +39,8 @@ def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None
     """Restore an `extra_checkpoint_state`; what it lacks keeps its value of a new run."""
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
-        criterion.regulariser.load_state_dict(state.get(_CRITERION) or {})
-    counters = state.get(_SCALER)
+        criterion.regulariser.load_state_dict(state.get(CRITERION) or {})
+    counters = state.get(LOSS_SCALER)
     scaler = getattr(trainer.optimizer, "scaler", None)
     # There is none where a run saved in fp16 is resumed in another precision.
     if not counters or scaler is None or not _keeps_scaler(trainer):

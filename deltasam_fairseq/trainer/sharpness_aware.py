@@ -1,13 +1,13 @@
-"""The seam into fairseq: an ascent before fairseq's own train step.
+"""The trainer: an ascent before fairseq's own train step.
 
     ascent, here            gradient of the (reweighted) batch loss at w, over all micro-batches
                             of all ranks; w -> w + eps*
     fairseq's train_step    forward, backward, reduce, clip, checks, all at w + eps*
     optimizer.step          w + eps* -> w, then the base optimizer's step
 
-Loss scaling, clipping, overflow and NaN handling, EMA of the descent are fairseq's own. This
-module sequences; the ascent is in ``ascent``, the mathematics in ``algorithms``, the weights move
-in ``optim``, the losses come from ``criterions``.
+Loss scaling, clipping, overflow and NaN handling and EMA of the descent are fairseq's own. This
+module orders the steps; ``ascent`` has the ascent, ``algorithms`` the mathematics, ``optim`` moves
+the weights, ``criterions`` computes the losses.
 """
 
 import logging
@@ -44,19 +44,23 @@ _AMP_ON_A_CPU = "--amp: fairseq casts on GPUs only; without one this run compute
 
 
 class SharpnessAwareTrainer(AveragingTrainer):
-    """fairseq's Trainer, which climbs before it steps if the optimizer is sharpness-aware.
+    """fairseq's Trainer, which perturbs the weights first if the optimizer is sharpness-aware.
 
-    With any other optimizer an update is fairseq's, untouched; the criterion is told of it if it
-    is one of this package's. Under data parallelism the ascent adds one gradient reduction,
-    delta-SAM one all-reduce of four float64 numbers; every rank computes the same perturbation.
-    All forwards of an update see the same dropout masks.
+    With any other optimizer an update is fairseq's; this package's criterions still get
+    before_update() and after_update(). Under data parallelism the ascent adds one gradient
+    reduction, delta-SAM one all-reduce of four float64 numbers; every rank computes the same
+    perturbation. All forwards of an update see the same dropout masks.
     """
 
     _ascent_step: AscentStep
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        # Of the update in progress; None outside of updates and before the ascent is complete.
         self._step_metrics: Optional[StepMetrics] = None
+        # --amp: fairseq repeats an update that overflowed by a call of train_step from within.
+        self._descent_in_progress = False
+        self._amp_repeats = 0
         self._ran_out_of_memory = False
         self._last_update = 0
         self._finite_probes: Optional[Tensor] = None
@@ -101,8 +105,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's train_step, after an ascent if the optimizer is sharpness-aware."""
         if sam is None:
             return self._fairseqs_step(samples, raise_oom)
-        if self._step_metrics is not None:
-            # fairseq's step overflowed under AMP and enters here anew, the weights perturbed.
+        if self._descent_in_progress:
+            self._amp_repeats += 1
             self._count_overflow(self._step_metrics)
         sam.restore()
         if not sam.active(self.get_num_updates()):
@@ -118,13 +122,13 @@ class SharpnessAwareTrainer(AveragingTrainer):
         )
         try:
             metrics.log_start_time("train_wall", priority=800, round=0)
-            climbed = self._ascent_or_skip_batch(prepared, replay, raise_oom)
+            perturbed = self._ascent_or_skip_batch(prepared, replay, raise_oom)
             metrics.log_stop_time("train_wall")
-            if not climbed:
+            if not perturbed:
                 return None
             replay()
-            # What is on the device already passes through fairseq's preparation as it is; a
-            # missing micro-batch has to arrive missing to be recognised as a dummy.
+            # fairseq's preparation leaves a sample on the device as it is; a missing micro-batch
+            # must stay missing, so that fairseq sees a dummy.
             ready = [raw if dummy else on for raw, (on, dummy) in zip(samples, prepared)]
             return self._descend(ready, raise_oom)
         finally:
@@ -132,15 +136,19 @@ class SharpnessAwareTrainer(AveragingTrainer):
             self._step_metrics = None
 
     def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
-        """fairseq's own train_step, counting the updates that it skips for an overflow."""
-        updates, log = self.get_num_updates(), self._step_metrics
+        """fairseq's own train_step; count the updates that it skips for an overflow."""
+        updates, repeats = self.get_num_updates(), self._amp_repeats
         self._ran_out_of_memory = False
-        stats = self._fairseqs_step(samples, raise_oom)
+        try:
+            self._descent_in_progress = True
+            stats = self._fairseqs_step(samples, raise_oom)
+        finally:
+            self._descent_in_progress = False
         scales = getattr(self.optimizer, "scaler", None) is not None
         skipped = stats is None and self.get_num_updates() == updates
-        retried = self._step_metrics is not log  # an AMP retry is an update of its own
-        if skipped and scales and not self._ran_out_of_memory and not retried:
-            self._count_overflow(log)
+        repeated = self._amp_repeats > repeats  # and counted then
+        if skipped and scales and not self._ran_out_of_memory and not repeated:
+            self._count_overflow(self._step_metrics)
         return stats
 
     def _count_overflow(self, log: Optional[StepMetrics]) -> None:
@@ -148,11 +156,11 @@ class SharpnessAwareTrainer(AveragingTrainer):
         metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
 
     def _fairseqs_step(self, samples: List[Any], raise_oom: bool) -> Any:
-        """fairseq's own train_step, which on a CPU too skips an update that overflows."""
+        """fairseq's own train_step; on a CPU too skip an update that overflows."""
         try:
             return super().train_step(samples, raise_oom)
         except (AssertionError, RuntimeError) as e:
-            # Handling an overflow, fairseq puts a number on the GPU that a CPU run has not.
+            # fairseq's overflow handling calls .cuda(), which fails on a CPU.
             if self.cuda or not isinstance(e.__context__, OverflowError):
                 raise
             self.zero_grad()
@@ -169,7 +177,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
     def _ascent_or_skip_batch(
         self, samples: List[Prepared], replay: RngReplay, raise_oom: bool
     ) -> bool:
-        """Climb; on errors do what fairseq's train_step does on errors in forward and backward.
+        """Perturb the weights; treat errors as fairseq's train_step treats them.
 
         Returns:
             whether the weights are at ``w + eps*``; False if the batch is to be skipped.
@@ -217,7 +225,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         return scaler.get_scale() if self.cfg.common.amp else scaler.loss_scale
 
     def _unread_loss_scale(self) -> Union[float, Tensor]:
-        """The same; --amp keeps it on the device, which is not waited for."""
+        """The same without a device synchronisation: --amp keeps it on the device."""
         if self.cfg.common.amp:
             return self.optimizer.scaler.scale(torch.ones((), device=self.device))
         return self._loss_scale()
@@ -232,8 +240,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
     def state_dict(self) -> Dict[str, Any]:
         """fairseq's, of the unperturbed weights at any moment: crash.pt is saved inside a step.
 
-        The step then goes on where it was, so that fairseq's NanDetector meets what broke it;
-        unless the ascent itself was not finite, for then the culprit is to be seen at ``w``.
+        The step then continues at the perturbed weights, where fairseq's NanDetector finds what
+        broke it; but at ``w`` if the ascent itself was not finite, as the fault is there.
         """
         sam = sharpness_aware(self.optimizer)
         if sam is None:
@@ -244,7 +252,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
                 sam.weights.restore()
             with sam.weights.suspended():
                 state = super().state_dict()
-                if moved:  # what moves on must not move what is being saved
+                if moved:  # the weights move again while the state is being saved
                     state["model"] = {k: v.clone() for k, v in state["model"].items()}
         state["extra_state"].update(extra_checkpoint_state(self))
         return state
@@ -252,7 +260,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
-        """fairseq's, and what else a resumed run needs to go on as it would have."""
+        """fairseq's, and the rest of the state that an exact continuation needs."""
         extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         if not reset_optimizer:
             load_extra_checkpoint_state(self, extra_state or {})
@@ -263,8 +271,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
     ) -> Any:
         log = self._step_metrics
         if log is not None:
-            # fairseq looks at the last micro-batch alone: with a dummy there it forgets this
-            # rank's other ones, and the gradient of all is divided by too few sentences.
+            # fairseq looks at the last micro-batch only: if that is a dummy, it drops this rank's
+            # other ones and divides the gradient of all by too few sentences.
             counted, *others = extra_stats_to_sum
             extra_stats_to_sum = (log.sample_size(logging_outputs, counted), *others)
             logging_outputs = log.merge(logging_outputs)
@@ -281,19 +289,19 @@ class SharpnessAwareTrainer(AveragingTrainer):
             return super()._reduce_and_log_stats(logging_outputs, sample_size, grad_norm)
         if not self._sync_stats():
             logging_outputs = log.merge(logging_outputs)
-        # Logging reads some of them many times over.
+        # Logging reads some of them many times.
         logging_outputs, sample_size = on_host([logging_outputs, sample_size])
         clean, perturbed, sums = log.split(logging_outputs)
         stats = super()._reduce_and_log_stats(clean, sample_size, grad_norm)
         with torch.autograd.profiler.record_function("sam-log"):
             log.report(self.task, self.get_criterion(), clean, perturbed, sums, sample_size)
-        self._warn_of_probes(log)
+        self._warn_of_infinite_probes(log)
         return stats
 
-    def _warn_of_probes(self, log: StepMetrics) -> None:
-        """Say it once where a probe's loss was not finite.
+    def _warn_of_infinite_probes(self, log: StepMetrics) -> None:
+        """Warn once if a probe loss is not finite.
 
-        To look is to wait for the device, so that it is done with the log, not every update.
+        Reading it waits for the device; so read it when fairseq logs, not every update.
         """
         finite = log.finite()
         if finite is None or "delta_sam_finite" in self._warn_once:

@@ -9,8 +9,7 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import exponential_mean_, running_mean_
 from deltasam_fairseq.optim import SwappedWeights
-
-_N, _AVERAGES, _RAW = "n", "averages", "raw"
+from deltasam_fairseq.trainer.checkpoint_state import AVERAGES, RAW, N
 
 
 class WeightAverage:
@@ -122,13 +121,13 @@ class WeightAverage:
                 if own is not None and own.shape == value.shape and value.numel():
                     state[key] = own  # type: ignore[index]
         if self.n == 0:
-            return {_N: 0, _AVERAGES: {}, _RAW: values}
-        return {_N: self.n, _AVERAGES: values, _RAW: dict(raw)}
+            return {N: 0, AVERAGES: {}, RAW: values}
+        return {N: self.n, AVERAGES: values, RAW: dict(raw)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what `put_into` returned, but for the raw weights, see `raw_weights`."""
-        self.n = state[_N]
-        for name, value in state[_AVERAGES].items():
+        self.n = state[N]
+        for name, value in state[AVERAGES].items():
             self._averages[name].copy_(value)
 
     @property
@@ -143,7 +142,7 @@ def raw_weights(state: Mapping[str, Any], parameters: Mapping[str, Parameter]) -
     Raises:
         ValueError: where they are not those of these parameters.
     """
-    raw: Dict[str, Tensor] = state[_RAW]
+    raw: Dict[str, Tensor] = state[RAW]
     shapes = {name: value.shape for name, value in raw.items()}
     if shapes != {name: p.shape for name, p in parameters.items()}:
         raise ValueError(

@@ -11,7 +11,7 @@ from fairseq import checkpoint_utils
 
 from deltasam_fairseq.average.__main__ import main
 from deltasam_fairseq.average.mean import UsageError, average
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.helpers import runs, tiny
 
 COMMAND = [sys.executable, "-m", "deltasam_fairseq.average"]
@@ -222,12 +222,12 @@ def test_of_a_run_with_averages(classification, tmp_path, capsys):
     name = "encoder.sentence_encoder.embed_tokens.weight"
     for out, values in (
         ("out.pt", [s["model"][name] for s in states]),
-        ("raw.pt", [s["extra_state"][STATE]["raw"][f"model.{name}"] for s in states]),
+        ("raw.pt", [s["extra_state"][WEIGHT_AVERAGE]["raw"][f"model.{name}"] for s in states]),
     ):
         found = torch.load(tmp_path / out, weights_only=False)
         torch.testing.assert_close(found["model"][name], sum(values) / 2)
         assert torch.equal(found["model"][name], found["model"]["encoder.lm_head.weight"])
-        assert STATE not in found["extra_state"]
+        assert WEIGHT_AVERAGE not in found["extra_state"]
 
 
 @pytest.mark.parametrize("precision", [[], ["--fp16", "--fp16-no-flatten-grads"], ["--bf16"]])
@@ -237,10 +237,10 @@ def test_raw_of_a_file_from_before_the_start(classification, tmp_path, capsys, p
     runs.train(classification, tmp_path / "swa", *swa, *precision)
     files = [tmp_path / "swa" / f"checkpoint_{n}.pt" for n in ("1_2", "2_6")]
     states = [torch.load(f, weights_only=False) for f in files]
-    assert [s["extra_state"][STATE]["n"] for s in states] == [0, 3]
+    assert [s["extra_state"][WEIGHT_AVERAGE]["n"] for s in states] == [0, 3]
     call(capsys, *files, "--raw", "--output", tmp_path / "raw.pt")
     found = model(tmp_path / "raw.pt")
-    raw = [s["extra_state"][STATE]["raw"] for s in states]
+    raw = [s["extra_state"][WEIGHT_AVERAGE]["raw"] for s in states]
     for name, value in raw[0].items():
         key = name.split(".", 1)[1]
         assert torch.equal(states[0]["model"][key], value)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from fairseq.models.roberta import RobertaModel
 
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.cli.test_errors import error_of
 from tests.helpers import runs, tiny
 
@@ -41,7 +41,7 @@ def test_hydra(classification, tmp_path, swa, n):
     argv = ["--config-dir", tmp_path / "config", "--config-name", "run"]
     output = tiny.train(argv, program=program, cwd=tmp_path).stdout
     last = runs.load(tmp_path / "out" / "checkpoint_last.pt")
-    assert last["extra_state"][STATE]["n"] == n, output
+    assert last["extra_state"][WEIGHT_AVERAGE]["n"] == n, output
     logs = list(tmp_path.glob("outputs/**/*.log"))
     text = output + "".join(log.read_text() for log in logs)
     assert f'"valid_swa_n": "{n}"' in text and "averaging of weights begins: update 3" in text
@@ -71,7 +71,7 @@ def test_from_pretrained(classification, averaged):
     hub = RobertaModel.from_pretrained(
         str(path.parent), path.name, str(classification), bpe=None, user_dir=tiny.USER_DIR
     )
-    averages = runs.load(path)["extra_state"][STATE]["averages"]
+    averages = runs.load(path)["extra_state"][WEIGHT_AVERAGE]["averages"]
     for name, p in tiny.without_fused(dict(hub.model.named_parameters())).items():
         assert torch.equal(p, averages[f"model.{name}"])
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from deltasam_fairseq.config_checks import check_config
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION
 from tests.cli.test_errors import data_must_not_load, error_of  # noqa: F401
 from tests.cli.test_help import help_of
 from tests.cli.test_resume import assert_resumed_with_validation
@@ -117,7 +118,7 @@ def test_smart_without_its_average_drops_an_old_one(classification, tmp_path):
     options = ["--smart-switch", "9", "--max-update"]
     runs.train(classification, tmp_path, *options, "2", criterion="smart")
     end = runs.train(classification, tmp_path, *options, "4", "--smart-mu", "0", criterion="smart")
-    assert end.checkpoint["extra_state"]["deltasam_criterion"] == {}
+    assert end.checkpoint["extra_state"][CRITERION] == {}
 
 
 @pytest.mark.parametrize(
@@ -177,7 +178,7 @@ def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
     assert [log["num_updates"] for log in parts.updates] == ["4", "5", "6", "7"]
     runs.assert_same_end(parts, whole)
     if criterion == "smart":
-        averages = [r.checkpoint["extra_state"]["deltasam_criterion"] for r in (parts, whole)]
+        averages = [r.checkpoint["extra_state"][CRITERION] for r in (parts, whole)]
         runs.assert_same(*averages)
         assert {a.dtype for a in averages[0]["averages"].values()} == {torch.float32}
 
@@ -219,7 +220,7 @@ def test_distilling_nothing_is_the_plain_criterion(taught_classification, tmp_pa
 def test_smart_average_is_left_out_with_the_optimizer_state(classification, tmp_path):
     more = ["--no-save-optimizer-state", "--max-update", "1"]
     run = runs.train(classification, tmp_path, *more, criterion="smart")
-    assert "deltasam_criterion" not in run.checkpoint["extra_state"]
+    assert CRITERION not in run.checkpoint["extra_state"]
 
 
 def test_a_plain_head_can_be_the_start_of_a_normalised_one(classification, tmp_path):

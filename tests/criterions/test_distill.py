@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from deltasam_fairseq.criterions import per_sentence_losses
 from deltasam_fairseq.criterions.task_losses import Classification, LabelSmoothedTokens
 from deltasam_fairseq.criterions.teacher import load_teacher
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION
 from tests.criterions.test_regularisers import (
     HEAD,
     build,
@@ -155,7 +156,7 @@ class TestTeacher:
         trainer.consolidate_optimizer()
         saved = trainer.state_dict()
         assert saved["model"].keys() == model.state_dict().keys()
-        assert not saved["criterion"] and saved["extra_state"]["deltasam_criterion"] == {}
+        assert not saved["criterion"] and saved["extra_state"][CRITERION] == {}
 
     @pytest.mark.parametrize("optimizer", ["adam", "sam_adam", "delta_sam_adam"])
     def test_one_forward_for_each_micro_batch_of_an_update(self, data, tmp_path, optimizer):

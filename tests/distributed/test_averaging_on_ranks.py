@@ -6,7 +6,7 @@ Real processes, gloo over TCP. Runs of whole programs: another number of ranks t
 import pytest
 import torch
 
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.distributed.test_equivalence import updates
 from tests.distributed.test_failure import Runs
 from tests.helpers import tiny
@@ -74,7 +74,7 @@ def test_another_number_of_ranks(classification, tmp_path):
         assert runs.ends(name)["status"] == [0] * int(name[-1]), runs.log(name)
         ends[name] = torch.load(tmp_path / name / "checkpoint_last.pt", weights_only=False)
         assert "going on with an average of 3 weights" in runs.log(name)
-        assert ends[name]["extra_state"][STATE]["n"] == 6
+        assert ends[name]["extra_state"][WEIGHT_AVERAGE]["n"] == 6
     for name in ("2 then 1", "1 then 2"):
         for key, value in ends["1 then 1"]["model"].items():
             torch.testing.assert_close(ends[name]["model"][key], value, rtol=1e-4, atol=1e-5)

@@ -32,9 +32,9 @@ def record(trainer, seen):
     ascent_step = trainer._ascent_step
     reweight, ascend = ascent_step._reweight, sam.ascend
 
-    def recording_reweight(*args):
-        found = reweight(*args)
-        seen["weights"].append(found.weights.clone())
+    def recording_reweight(samples, clean, replay, log):
+        found = reweight(samples, clean, replay, log)
+        seen["weights"].append(log.reweighting.weights.clone())
         return found
 
     def recording_ascend(params, *args):

@@ -10,7 +10,7 @@ import torch
 from fairseq import options, tasks
 
 from deltasam_fairseq.squad.head import register_span_head
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.cli.test_resume import assert_resumed_with_validation
 from tests.helpers import runs, tiny
 
@@ -96,7 +96,7 @@ def test_with_averaged_weights(span_prediction, tmp_path):
     best = max(found, key=lambda log: float(log["valid_f1"]))
     for name, n in (("last", 7), ("best", int(best.get("valid_swa_n", 0)))):
         state = runs.load(tmp_path / f"checkpoint_{name}.pt")
-        own = state["extra_state"][STATE]
+        own = state["extra_state"][WEIGHT_AVERAGE]
         assert own["n"] == n > 0
         assert torch.equal(state["model"][HEAD], own["averages"][f"model.{HEAD}"])
         assert n == 1 or not torch.equal(state["model"][HEAD], own["raw"][f"model.{HEAD}"])

@@ -9,7 +9,7 @@ from fairseq import checkpoint_utils
 from fairseq.optim.fp16_optimizer import FP16Optimizer
 
 from deltasam_fairseq.trainer import averaging as averaging_trainer
-from deltasam_fairseq.trainer.averaging import STATE
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from deltasam_fairseq.trainer.sharpness_aware import SharpnessAwareTrainer
 from deltasam_fairseq.trainer.weight_average import WeightAverage
 from tests.helpers import runs, tiny
@@ -52,7 +52,7 @@ def mean(passed, updates):
 
 def assert_model_is(checkpoint, expected):
     """The model of a checkpoint, and the average in it, are these float64 weights."""
-    state = checkpoint["extra_state"][STATE]
+    state = checkpoint["extra_state"][WEIGHT_AVERAGE]
     for name, value in expected.items():
         owner, key = name.split(".", 1)
         torch.testing.assert_close(checkpoint[owner][key], value.float())
@@ -80,7 +80,7 @@ SCHEDULES = {
 def test_what_is_averaged(classification, tmp_path, passed, schedule):
     run = runs.train(classification, tmp_path, *SWA, *schedule.split())
     updates = SCHEDULES[schedule]
-    assert run.checkpoint["extra_state"][STATE]["n"] == len(updates)
+    assert run.checkpoint["extra_state"][WEIGHT_AVERAGE]["n"] == len(updates)
     assert_model_is(run.checkpoint, mean(passed, updates))
     logged = [update.get("swa_n") for update in run.updates]
     n = [sum(u <= update for u in updates) for update in range(1, 7)]
@@ -130,7 +130,7 @@ def test_training_does_not_see_it(classification, tmp_path, optimizer):
     swa = ["--swa-start", "2", "--swa-validate-both"]
     plain = runs.train(classification, tmp_path / "plain", *PLAIN, *options, validate=True)
     run = runs.train(classification, tmp_path / "swa", *SWA, *swa, *options, validate=True)
-    for name, value in run.checkpoint["extra_state"][STATE]["raw"].items():
+    for name, value in run.checkpoint["extra_state"][WEIGHT_AVERAGE]["raw"].items():
         assert torch.equal(plain.checkpoint["model"][name.split(".", 1)[1]], value)
     key = "last_optimizer_state"
     runs.assert_same(run.checkpoint[key], plain.checkpoint[key])
@@ -231,8 +231,8 @@ class TestValidation:
         def fail(*_, **__):
             assert not torch.equal(tiny.weights(trainer)[0], before[0])
             runs.assert_same(trainer.state_dict()["model"], state["model"])
-            raw = trainer.state_dict()["extra_state"][STATE]["raw"]
-            runs.assert_same(raw, state["extra_state"][STATE]["raw"])
+            raw = trainer.state_dict()["extra_state"][WEIGHT_AVERAGE]["raw"]
+            runs.assert_same(raw, state["extra_state"][WEIGHT_AVERAGE]["raw"])
             raise error("out of memory")
 
         monkeypatch.setattr(trainer.task, "valid_step", fail)
@@ -257,7 +257,7 @@ class TestCheckpoints:
         assert [log["swa_n"] for log in parts.updates] == ["3", "4", "5", "6"]
         assert [log["lr"] for log in parts.updates] == [log["lr"] for log in whole.updates[3:]]
         runs.assert_same_end(parts, whole)
-        states = [run.checkpoint["extra_state"][STATE] for run in (parts, whole)]
+        states = [run.checkpoint["extra_state"][WEIGHT_AVERAGE] for run in (parts, whole)]
         runs.assert_same(*states)
 
     @pytest.mark.parametrize("mode", ["fp32", "fp16"])
@@ -279,13 +279,13 @@ class TestCheckpoints:
         parts = runs.train(classification, tmp_path / "parts", *options)
         assert [log["num_updates"] for log in parts.updates] == ["4", "5", "6", "7"]
         runs.assert_same_end(parts, whole)
-        runs.assert_same(*(run.checkpoint["extra_state"][STATE] for run in (parts, whole)))
+        runs.assert_same(*(run.checkpoint["extra_state"][WEIGHT_AVERAGE] for run in (parts, whole)))
 
     @in_every_mode
     def test_the_model_is_the_float32_average(self, classification, tmp_path, passed, mode):
         run = runs.train(classification, tmp_path, *SWA, *MODES[mode], "--swa-start", "3")
         assert_model_is(run.checkpoint, mean(passed, [3, 4, 5, 6]))
-        raw = run.checkpoint["extra_state"][STATE]["raw"]
+        raw = run.checkpoint["extra_state"][WEIGHT_AVERAGE]["raw"]
         runs.assert_same(raw, {n: v.float() for n, v in passed[6].items()})
 
     def test_goes_on_without_averaging(self, classification, tmp_path, caplog):
@@ -296,7 +296,7 @@ class TestCheckpoints:
         whole = runs.train(classification, tmp_path / "plain", *PLAIN, "--max-update", "6")
         runs.assert_same_end(resumed, whole)
         assert "goes on from the weights themselves" in caplog.text
-        assert STATE not in resumed.checkpoint["extra_state"]
+        assert WEIGHT_AVERAGE not in resumed.checkpoint["extra_state"]
 
     @pytest.mark.parametrize("start, averaged", [("7", [7, 8]), ("1", [6, 7, 8])])
     def test_a_reset_schedule_begins_a_new_average(
@@ -313,7 +313,7 @@ class TestCheckpoints:
         assert f"begins anew from update {start} on" in caplog.text
         assert_model_is(resumed.checkpoint, mean(passed, averaged))
         whole = runs.train(classification, tmp_path / "plain", *PLAIN, "--max-update", "8")
-        for name, value in resumed.checkpoint["extra_state"][STATE]["raw"].items():
+        for name, value in resumed.checkpoint["extra_state"][WEIGHT_AVERAGE]["raw"].items():
             assert torch.equal(value, whole.checkpoint["model"][name.split(".", 1)[1]])
 
     def test_before_a_new_average_has_begun_the_weights_are_saved(self, classification, tmp_path):
@@ -322,8 +322,8 @@ class TestCheckpoints:
         more += ["--reset-lr-scheduler"]
         runs.train(classification, tmp_path, *SWA, *more)
         saved = runs.load(tmp_path / "checkpoint_2_7.pt")
-        assert saved["extra_state"][STATE]["n"] == 0
-        for name, value in saved["extra_state"][STATE]["raw"].items():
+        assert saved["extra_state"][WEIGHT_AVERAGE]["n"] == 0
+        for name, value in saved["extra_state"][WEIGHT_AVERAGE]["raw"].items():
             assert torch.equal(value, saved["model"][name.split(".", 1)[1]])
 
     @pytest.mark.parametrize(
@@ -347,7 +347,7 @@ class TestCheckpoints:
             assert "comes too late" not in caplog.text
         else:
             assert said in caplog.text and "began to average at update 2" in caplog.text
-            assert run.checkpoint["extra_state"][STATE]["n"] == 7  # 2 to 8
+            assert run.checkpoint["extra_state"][WEIGHT_AVERAGE]["n"] == 7  # 2 to 8
 
     def test_a_run_taken_up_after_the_start(self, classification, tmp_path, passed, caplog):
         """The start is then the update of the checkpoint, 4; with every second update 6 is next."""
@@ -374,7 +374,7 @@ class TestCheckpoints:
     def test_without_optimizer_state_it_is_an_ordinary_file(self, classification, tmp_path, passed):
         options = ["--swa-start", "3", "--no-save-optimizer-state"]
         run = runs.train(classification, tmp_path, *SWA, *options)
-        assert STATE not in run.checkpoint["extra_state"]
+        assert WEIGHT_AVERAGE not in run.checkpoint["extra_state"]
         for name, value in mean(passed, [3, 4, 5, 6]).items():
             torch.testing.assert_close(run.checkpoint["model"][name[6:]], value.float())
 
@@ -385,7 +385,8 @@ class TestCheckpoints:
         sizes = [
             (tmp_path / name / "checkpoint_last.pt").stat().st_size for name in ("swa", "plain")
         ]
-        copy = sum(v.numel() * 4 for v in swa.checkpoint["extra_state"][STATE]["raw"].values())
+        raw = swa.checkpoint["extra_state"][WEIGHT_AVERAGE]["raw"]
+        copy = sum(v.numel() * 4 for v in raw.values())
         assert copy <= sizes[0] - sizes[1] < 2 * copy
 
     def test_ordinary_for_fairseq(self, classification, tmp_path):
@@ -393,7 +394,7 @@ class TestCheckpoints:
         run = runs.train(classification, tmp_path, *SWA, "--swa-start", "1")
         path = str(tmp_path / "checkpoint_last.pt")
         models, _, _ = checkpoint_utils.load_model_ensemble_and_task([path])
-        averages = run.checkpoint["extra_state"][STATE]["averages"]
+        averages = run.checkpoint["extra_state"][WEIGHT_AVERAGE]["averages"]
         for name, p in tiny.without_fused(dict(models[0].named_parameters())).items():
             assert torch.equal(p, averages[f"model.{name}"])
 
@@ -410,7 +411,7 @@ def test_skipped_updates_are_not_averaged(classification, tmp_path, monkeypatch,
 
     monkeypatch.setattr(FP16Optimizer, "clip_grad_norm", overflowing)
     run = runs.train(classification, tmp_path, *SWA, *MODES["fp16"], "--swa-start", "2")
-    assert len(calls) == 8 and run.checkpoint["extra_state"][STATE]["n"] == 5
+    assert len(calls) == 8 and run.checkpoint["extra_state"][WEIGHT_AVERAGE]["n"] == 5
     assert_model_is(run.checkpoint, mean(passed, [2, 3, 4, 5, 6]))
 
 
