@@ -1,4 +1,4 @@
-"""Write lines of tokens as a fairseq dataset; shared by the scripts that prepare data."""
+"""Write lines of tokens as a fairseq dataset; shared by the programs that prepare data."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from fairseq.data import Dictionary, encoders, indexed_dataset
 from omegaconf import OmegaConf
+
+from deltasam_fairseq.data.files import DataError
 
 CHUNK = 1000  # lines that go to a process at a time
 
@@ -95,6 +97,27 @@ def encode_lines(encoding: Encoding, lines: Sequence[str], run: Map) -> List[np.
     return in_chunks(functools.partial(numbers, encoding), lines, run)
 
 
+def unknown_share(source: Path, encoding: Encoding, texts: Sequence[np.ndarray]) -> float:
+    """Return the share of tokens that the dictionary lacks.
+
+    Args:
+        source: the file that they come from, for the error.
+        texts: token numbers, without end marks.
+
+    Raises:
+        DataError: it is more than half: the dict.txt does not belong to the BPE.
+    """
+    unk = tools(encoding)[1].unk()
+    total = sum(len(tokens) for tokens in texts)
+    unknown = sum(int((tokens == unk).sum()) for tokens in texts)
+    if 2 * unknown > total:
+        raise DataError(
+            f"{source}: {unknown} of {total} tokens are not in --dict {encoding.dictionary}; give "
+            "the dict.txt that belongs to the BPE's files"
+        )
+    return unknown / max(total, 1)
+
+
 def write_items(items: Iterable[np.ndarray], vocab_size: int, prefix: Path) -> None:
     """Write ``prefix.bin`` and ``prefix.idx`` from arrays of token numbers, each in one step."""
     prefix.parent.mkdir(parents=True, exist_ok=True)
@@ -117,18 +140,3 @@ def write_dataset(
         for line in lines
     )
     write_items(items, len(dictionary), prefix)
-
-
-__all__ = [
-    "Dictionary",
-    "Encoding",
-    "Map",
-    "bpe_encoder",
-    "build_bpe",
-    "in_chunks",
-    "encode_lines",
-    "processes",
-    "tools",
-    "write_dataset",
-    "write_items",
-]

@@ -1,15 +1,14 @@
-"""Options of the scripts that prepare data: which BPE makes tokens of text, with which files."""
+"""Options of the programs that prepare data: which BPE makes tokens of text, with which files."""
 
 from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Callable, Dict, Optional, Tuple
+from typing import Any, Dict, Optional, Tuple
 
+from deltasam_fairseq.data.binarize import Encoding, tools
 from deltasam_fairseq.data.files import DataError, cached_path, sha256
-
-if TYPE_CHECKING:
-    from deltasam_fairseq.data.binarize import Encoding
+from deltasam_fairseq.data.programs import positive
 
 FAIRSEQ_URL = "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
 # GPT-2's own files: the checksums are those of OpenAI's.
@@ -24,19 +23,6 @@ BPE_FILES: Dict[str, Dict[str, Optional[str]]] = {
     "sentencepiece": {"sentencepiece_model": None},
     "wordpiece": {"wordpiece_vocab": None},
 }
-
-
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type for argparse: a number above 0."""
-
-    def convert(text: str) -> Any:
-        number = kind(text)
-        if not number > 0:
-            raise ValueError
-        return number
-
-    convert.__name__ = "number above 0"  # named in argparse's error
-    return convert
 
 
 def add_encoding_options(options: argparse.ArgumentParser) -> None:
@@ -54,8 +40,6 @@ def add_encoding_options(options: argparse.ArgumentParser) -> None:
 
 def encoding_of(args: argparse.Namespace) -> Tuple[Encoding, Dict[str, Any]]:
     """Return the encoding that the options ask for, and what task.json says of it."""
-    from deltasam_fairseq.data.binarize import Encoding, tools
-
     options: Dict[str, Any] = {}
     for bpe, files in BPE_FILES.items():
         remedy = " ".join(f"--{name.replace('_', '-')} FILE" for name in files)

@@ -5,11 +5,10 @@ from __future__ import annotations
 import hashlib
 import http.client
 import os
-import shutil
-import tempfile
-import urllib.request
 from pathlib import Path
 from typing import Union
+
+import torch
 
 NOT_DATA = {
     rb'\s*(<\?xml|<!doctype|<html|\{\s*"error")': "an error page, not data: download it again",
@@ -49,7 +48,7 @@ def cache_folder() -> Path:
 def cached_path(where: str, option: str, remedy: str = "") -> Path:
     """Return the absolute path of a file; one that is given as a URL is fetched first, once.
 
-    The checksum that a URL ends in (``https://...#sha256=HEX``), else the one that was seen at the
+    The SHA-256 that a URL ends in (``https://...#sha256=HEX``), else the one that was seen at the
     first fetch (kept beside the file, for ``sha256sum -c``), is checked every time.
 
     Args:
@@ -71,33 +70,20 @@ def cached_path(where: str, option: str, remedy: str = "") -> Path:
     record = path.with_name(name + ".sha256")
     if not expected and record.is_file():
         expected = record.read_text(encoding="utf-8").split()[0]
-    if not (path.is_file() and sha256(path) == expected):
-        fetch(url, path, expected, option, remedy or f"{option} FILE")
-    return path
-
-
-def fetch(url: str, path: Path, expected: str, option: str, remedy: str) -> None:
-    """Write ``path``, in one step at the end, and its ``.sha256``; ``expected`` may be empty."""
+    if path.is_file() and sha256(path) == expected:
+        return path
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=str(path.parent), suffix=".partial")
-    partial = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            try:
-                with urllib.request.urlopen(url, timeout=60) as response:
-                    shutil.copyfileobj(response, file)
-            except (OSError, http.client.HTTPException) as error:
-                raise DataError(
-                    f"{option}: {url} cannot be fetched ({error}); without it, give {remedy}"
-                ) from error
-        found = sha256(partial)
-        if found != expected and expected:
-            raise DataError(
-                f"{option}: {url} has the checksum {found}, expected {expected}; it was cut short "
-                f"or changed: run this again, or give a file that you trust with {remedy}"
-            )
-        path.with_name(path.name + ".sha256").write_text(f"{found}  {path.name}\n", "utf-8")
-        os.replace(partial, path)
-    finally:
-        if partial.exists():
-            partial.unlink()
+    remedy = remedy or f"{option} FILE"
+    try:  # writes a temporary file first
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=expected or None, progress=False)
+    except RuntimeError as error:
+        raise DataError(
+            f"{option}: {url}: {error}; it was cut short or changed: run this again, or give a "
+            f"file that you trust with {remedy}"
+        ) from error
+    except (OSError, http.client.HTTPException) as error:
+        raise DataError(
+            f"{option}: {url} cannot be fetched ({error}); without it, give {remedy}"
+        ) from error
+    atomic_write(record, f"{sha256(path)}  {name}\n")
+    return path

@@ -12,34 +12,33 @@ averaged: class probabilities, or scores.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.data import Dictionary
 
-from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.data.files import DataError, atomic_write
+from deltasam_fairseq.data.programs import load_and_check, prediction_parser, run_program
+from deltasam_fairseq.data.splits import read_record
 from deltasam_fairseq.glue.tasks import TASKS
-from deltasam_fairseq.glue.write_splits import without_paths
 
 NAMES = {("MNLI", "test"): "MNLI-m", ("MNLI", "test1"): "MNLI-mm"}
 
 
-def read_record(data: Path) -> Dict[str, Any]:
-    """Return what glue.prepare wrote about the data.
+def record_of(data: Path) -> Dict[str, Any]:
+    """Return what glue.prepare recorded about the data.
 
     Raises:
-        DataError: it is not there, or there is no test split.
+        DataError: there is no record, or no test split.
     """
-    path = data / "task.json"
-    if not path.is_file():
+    record = read_record(data)
+    if not record:
         raise DataError(
             f"--data {data}: no task.json; make it with python -m deltasam_fairseq.glue.prepare"
         )
-    record = json.loads(path.read_text(encoding="utf-8"))
     if not any(split.startswith("test") for split in record["splits"]):
         raise DataError(
             f"--data {data}: it has no test split; run python -m deltasam_fairseq.glue.prepare "
@@ -48,29 +47,22 @@ def read_record(data: Path) -> Dict[str, Any]:
     return record
 
 
-def check_origin(path: Path, record: Dict[str, Any]) -> None:
+def check_origin(path: Path, cfg: Any, origin: Path, record: Dict[str, Any]) -> None:
     """Compare the task of the data with that of the data which the checkpoint was trained on.
 
+    Args:
+        path: of the checkpoint.
+        cfg: its configuration.
+        origin: folder of the data that it was trained on.
+        record: of the data to predict.
+
     Raises:
-        DataError: they differ in task, kind, labels or encoding, as far as it can be known.
+        DataError: they differ in task, kind or labels, as far as it can be known.
     """
-    if not path.is_file():
-        raise DataError(f"--path {path}: no such file")
-    state = checkpoint_utils.load_checkpoint_to_cpu(str(path))
-    options = state["cfg"]["task"] or {}
-    origin = Path(options.get("data") or "") / "task.json"
-    if origin.is_file():
-        made = json.loads(origin.read_text(encoding="utf-8"))
-        if made["task"] != record["task"]:
-            raise DataError(
-                f"--path {path}: trained on {made['task']}, the data is {record['task']}"
-            )
-        if without_paths(made["bpe"]) != without_paths(record["bpe"]):
-            raise DataError(
-                f"--path {path}: trained on data of another BPE or dictionary; run glue.prepare "
-                f"with what {origin.parent} was made with"
-            )
-    names = origin.parent / "label" / "dict.txt"
+    made = read_record(origin)
+    if made and made["task"] != record["task"]:
+        raise DataError(f"--path {path}: trained on {made['task']}, the data is {record['task']}")
+    names = origin / "label" / "dict.txt"
     if names.is_file() and record["scale"] is None:
         labels = Dictionary.load(str(names)).symbols[Dictionary().nspecial :]
         if labels[: len(record["labels"])] != list(record["labels"]):
@@ -79,13 +71,12 @@ def check_origin(path: Path, record: Dict[str, Any]) -> None:
                 f"data has {' '.join(record['labels'])}: its classes mean other labels; train it "
                 "on data that glue.prepare made"
             )
-    elif not origin.parent.is_dir():
+    elif not origin.is_dir():
         print(
             f"{path}: the data that it was trained on is not here, so its labels are not compared"
         )
-    scores = (state["cfg"]["criterion"] or {}).get("regression_target", False)
-    classes = options.get("num_classes", 0)
-    found = "scores" if scores else f"{classes} classes"
+    scores = (cfg["criterion"] or {}).get("regression_target", False)
+    found = "scores" if scores else f"{cfg['task'].get('num_classes', 0)} classes"
     wanted = "scores" if record["scale"] is not None else f"{len(record['labels'])} classes"
     if found != wanted:
         raise DataError(f"--path {path}: trained for {found}, the data has {wanted}")
@@ -133,45 +124,26 @@ def answers(record: Dict[str, Any], task: Any, rows: torch.Tensor) -> List[str]:
     return [labels[i] for i in rows.argmax(dim=1).tolist()]
 
 
-def main() -> int:
-    """Predict every test split and write the files; return the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder made by glue.prepare")
-    add("--path", type=Path, nargs="+", required=True, help="fine-tuned checkpoints of that task")
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--batch-size", type=int, default=32, help="sentences at a time (default: 32)")
-    args = parser.parse_args()
-    try:
-        record = read_record(args.data)
-        for path in args.path:
-            check_origin(path, record)
-        if args.out.exists() and not args.out.is_dir():
-            raise DataError(f"--out {args.out}: is a file; give a folder")
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
-        )
-        for model in models:
-            model.eval()
-            if torch.cuda.is_available():
-                model.cuda()
-        args.out.mkdir(parents=True, exist_ok=True)
-        for split in sorted(s for s in record["splits"] if s.startswith("test")):
-            rows = scores(models, task, cfg, split, args.batch_size)
-            ids = (args.data / "id" / f"{split}.txt").read_text(encoding="utf-8").split("\n")[:-1]
-            lines = answers(record, task, rows)
-            assert len(ids) == len(lines)
-            name = NAMES.get((record["task"], split), record["task"])
-            path = args.out / f"{name}.tsv"
-            text = "".join(f"{i}\t{line}\n" for i, line in zip(ids, lines))
-            partial = path.with_suffix(".partial")
-            partial.write_text(f"index\tprediction\n{text}", encoding="utf-8")
-            partial.replace(path)
-            print(f"{path}: {len(lines)} rows")
-    except DataError as error:
-        print(f"glue.predict: {error}", file=sys.stderr)
-        return 2
-    return 0
+def predict(args: argparse.Namespace) -> None:
+    """Predict every test split and write its file."""
+    record = record_of(args.data)
+    models, cfg, task = load_and_check(
+        args, record, lambda path, cfg, origin: check_origin(path, cfg, origin, record)
+    )
+    for split in sorted(s for s in record["splits"] if s.startswith("test")):
+        rows = scores(models, task, cfg, split, args.batch_size)
+        ids = (args.data / "id" / f"{split}.txt").read_text(encoding="utf-8").split("\n")[:-1]
+        lines = answers(record, task, rows)
+        assert len(ids) == len(lines)
+        path = args.out / f"{NAMES.get((record['task'], split), record['task'])}.tsv"
+        text = "".join(f"{i}\t{line}\n" for i, line in zip(ids, lines))
+        atomic_write(path, f"index\tprediction\n{text}")
+        print(f"{path}: {len(lines)} rows")
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Do what the command line says; return the exit code."""
+    return run_program(prediction_parser("glue.predict", __doc__, "sentences"), predict, argv)
 
 
 if __name__ == "__main__":

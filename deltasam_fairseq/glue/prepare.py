@@ -27,12 +27,16 @@ are any text; --regression is for scores.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
-from typing import Dict
+from typing import Dict, Optional, Sequence
 
-from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of, positive
+from deltasam_fairseq.data.binarize import processes
+from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of
 from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.data.programs import positive, run_program
 from deltasam_fairseq.glue.tasks import GLUE, TASKS, Task, own_task
+from deltasam_fairseq.glue.write_splits import check_splits, splits_of, write_task
 
 
 def split_files(name: str) -> Dict[str, str]:
@@ -59,11 +63,6 @@ def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
 
 def prepare(args: argparse.Namespace) -> None:
     """Check all that is asked for, then write it."""
-    from deltasam_fairseq.data.binarize import (
-        processes,  # not above: the quick start reads TASKS without fairseq
-    )
-    from deltasam_fairseq.glue.write_splits import check_splits, splits_of, write_task
-
     tasks = tasks_of(args)
     encoding, bpe = encoding_of(args)
     plan = []
@@ -87,7 +86,9 @@ def share(text: str) -> float:
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m deltasam_fairseq.glue.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--glue-dir", type=Path, required=True, help="folder with a folder for each task")
@@ -114,14 +115,10 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main() -> None:
-    """Do what the command line says."""
-    options = parser()
-    try:
-        prepare(options.parse_args())
-    except DataError as error:
-        options.exit(2, f"glue.prepare: {error}\n")
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Do what the command line says; return the exit code."""
+    return run_program(parser(), prepare, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

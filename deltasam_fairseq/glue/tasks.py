@@ -24,7 +24,7 @@ class Task(NamedTuple):
         rows: file -> its official numbers of rows; a file that is not named is not counted.
         names: of the columns of files without a header line.
         valid, test: files, without their ending.
-        exact: rows that have another number of columns are left out, 0: are kept.
+        exact: rows that have another number of columns are dropped, 0: are kept.
         scale: a score is divided by it for the model, and has to lie between 0 and it (0: any).
         own: a task of the user's: every row has as many columns as the first; test may be labelled.
     """
@@ -173,7 +173,7 @@ class Table(NamedTuple):
     labels: Tuple[str, ...]  # empty: not labelled
     ids: Tuple[str, ...]
     lines: List[int]  # where in the file, from 1
-    left_out: int  # rows
+    dropped: int  # rows
 
 
 def read_lines(path: Path) -> List[List[str]]:

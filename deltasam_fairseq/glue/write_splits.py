@@ -1,24 +1,25 @@
-"""Write the splits of a task as fairseq data: each whole or not at all, and only once."""
+"""Write the splits of a GLUE task, or of one like it, as fairseq data."""
 
 from __future__ import annotations
 
-import hashlib
 import itertools
-import json
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Sequence
+from typing import Any, Dict, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
+from deltasam_fairseq.data import splits as data_splits
 from deltasam_fairseq.data.binarize import (
     Dictionary,
     Encoding,
     Map,
     encode_lines,
     tools,
+    unknown_share,
     write_items,
 )
-from deltasam_fairseq.data.files import DataError, atomic_write, sha256
+from deltasam_fairseq.data.files import DataError, atomic_write
+from deltasam_fairseq.data.splits import Entry, entries_of, fingerprint, is_finished
 from deltasam_fairseq.glue.tasks import (
     Table,
     Task,
@@ -29,11 +30,8 @@ from deltasam_fairseq.glue.tasks import (
     read_table,
 )
 
-RECORD = "task.json"
 VERSION = 1  # of task.json, and of how the data is written
 FOLDERS = ("input0", "input1", "label", "id")
-
-
 HOLD_OUT_SEED = 1
 
 
@@ -53,6 +51,21 @@ class Split(NamedTuple):
     hold_out: float
     fingerprint: str  # of all that the result depends on
 
+    def files(self) -> List[Path]:
+        """Return the files that the finished split consists of."""
+        endings: Tuple[str, ...] = ("bin", "idx")
+        found = [
+            self.out / f"input{i}" / f"{self.name}.{ending}"
+            for i in range(len(self.task.sentences))
+            for ending in endings
+        ]
+        if self.labelled:
+            endings = endings if self.task.labels else ("label",)
+            found += [self.out / "label" / f"{self.name}.{ending}" for ending in endings]
+        if self.name.startswith("test"):
+            found.append(self.out / "id" / f"{self.name}.txt")
+        return found
+
 
 def splits_of(
     folder: Path, name: str, task: Task, out: Path, bpe: Dict[str, Any], hold_out: float = 0.0
@@ -67,41 +80,10 @@ def splits_of(
             continue
         source = find_file(folder, name, file)
         labelled = not test or (task.own and has_labels(source, task))
-        facts = [VERSION, task._asdict(), split, labelled, sha256(source), bpe["name"]]
-        facts += [bpe["sha256"], bpe["options"].get("wordpiece_cased", False)]
+        facts = [VERSION, task._asdict(), split, labelled]
         facts += [HOLD_OUT_SEED, hold_out] if hold_out else []
-        digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+        digest = fingerprint(facts, source, bpe)
         yield Split(name, task, split, source, out, labelled, hold_out, digest)
-
-
-def read_record(out: Path) -> Dict[str, Any]:
-    """Return what the task.json of an earlier run says of each split; empty if there is none."""
-    try:
-        return json.loads((out / RECORD).read_text(encoding="utf-8"))["splits"]
-    except (OSError, ValueError, KeyError):
-        return {}
-
-
-def outputs(split: Split) -> List[Path]:
-    """Return the files that a finished split consists of."""
-    files = [
-        split.out / f"input{i}" / f"{split.name}.{ending}"
-        for i in range(len(split.task.sentences))
-        for ending in ("bin", "idx")
-    ]
-    if split.labelled:
-        endings = ("bin", "idx") if split.task.labels else ("label",)
-        files += [split.out / "label" / f"{split.name}.{ending}" for ending in endings]
-    if split.name.startswith("test"):
-        files.append(split.out / "id" / f"{split.name}.txt")
-    return files
-
-
-def is_finished(split: Split) -> bool:
-    """Whether an earlier run wrote this split, from the same files and with the same options."""
-    entry = read_record(split.out).get(split.name, {})
-    there = all(path.is_file() for path in outputs(split))
-    return there and entry.get("fingerprint") == split.fingerprint
 
 
 def check_splits(splits: List[Split], any_rows: bool) -> None:
@@ -110,7 +92,7 @@ def check_splits(splits: List[Split], any_rows: bool) -> None:
         if not is_finished(split):
             read_split(split, any_rows)
         elif not any_rows and not split.hold_out:
-            rows = read_record(split.out)[split.name]["rows"]
+            rows = entries_of(split.out)[split.name]["rows"]
             check_rows(split.source, split.task_name, split.task, rows)
 
 
@@ -155,14 +137,8 @@ def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> flo
     """Encode and write one split; return the share of tokens that the dictionary lacks."""
     dictionary = tools(encoding)[1]
     inputs = [encode_lines(encoding, sentences, run) for sentences in table.sentences]
-    items = list(itertools.chain.from_iterable(inputs))
-    total = sum(len(item) - 1 for item in items)  # without the end marks
-    unknown = sum(int((item == dictionary.unk()).sum()) for item in items)
-    if 2 * unknown > total:
-        raise DataError(
-            f"{split.source}: {unknown} of {total} tokens are not in --dict "
-            f"{encoding.dictionary}; give the dict.txt that belongs to the BPE's files"
-        )
+    texts = [item[:-1] for item in itertools.chain.from_iterable(inputs)]  # without end marks
+    unknown = unknown_share(split.source, encoding, texts)
     for i, numbers in enumerate(inputs):
         write_items(numbers, len(dictionary), split.out / f"input{i}" / split.name)
     label = split.out / "label" / split.name
@@ -176,7 +152,7 @@ def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> flo
     if split.name.startswith("test"):
         ids = "".join(f"{name}\n" for name in table.ids)
         atomic_write(split.out / "id" / f"{split.name}.txt", ids)
-    return unknown / max(total, 1)
+    return unknown
 
 
 def label_dictionary(task: Task) -> Dictionary:
@@ -190,63 +166,36 @@ def label_dictionary(task: Task) -> Dictionary:
 def write_task(
     splits: List[Split], bpe: Dict[str, Any], encoding: Encoding, run: Map, any_rows: bool
 ) -> None:
-    """Write the splits of one task that are not finished.
-
-    A split is entered in task.json when its files are there as a whole, and what belonged to an
-    older one is removed first: a run that was cut leaves finished splits and no others.
-    """
+    """Write the splits of one task that are not finished; other ones in its folder go."""
     name, task, out = splits[0].task_name, splits[0].task, splits[0].out
-    old = read_record(out)
-    finished = {split.name: old[split.name] for split in splits if is_finished(split)}
-    for stale in {*old, *(split.name for split in splits)} - set(finished):
-        for folder in FOLDERS:
-            for path in (out / folder).glob(f"{stale}.*"):
-                path.unlink()
-
-    description = {
+    old = entries_of(out)
+    entries = {split.name: old[split.name] for split in splits if is_finished(split)}
+    outdated = {*old, *(split.name for split in splits)} - set(entries)
+    stale = [path for s in outdated for f in FOLDERS for path in (out / f).glob(f"{s}.*")]
+    record = {
         "version": VERSION,
         "task": name,
         "sentences": len(task.sentences),
+        "columns": task.sentences,
         "labels": task.labels,
         "scale": None if task.labels else task.scale,
         "bpe": bpe,
-        "splits": finished,
     }
     if splits[0].hold_out:
-        description["hold_out"] = splits[0].hold_out
-
-    def save_record() -> None:
-        atomic_write(out / RECORD, json.dumps(description, indent=1) + "\n")
-
-    save_record()
+        record["hold_out"] = splits[0].hold_out
     words = Path(encoding.dictionary).read_bytes()
-    for i in range(len(task.sentences)):
-        atomic_write(out / f"input{i}" / "dict.txt", words)
+    dictionaries = {f"input{i}/dict.txt": words for i in range(len(task.sentences))}
     if task.labels:
-        lines = "".join(f"{label} 1\n" for label in task.labels)
-        atomic_write(out / "label" / "dict.txt", lines)
-    for split in splits:
-        if split.name in finished:
-            print(f"{name} {split.name}: already there, {out}")
-            continue
+        dictionaries["label/dict.txt"] = "".join(f"{label} 1\n" for label in task.labels).encode()
+
+    def write(split: Split) -> Tuple[Entry, str]:
         table = read_split(split, any_rows)
         unknown = write_split(split, table, encoding, run)
-        finished[split.name] = {
-            "file": split.source.name,
-            "rows": len(table.ids),
-            "labelled": split.labelled,
-            "fingerprint": split.fingerprint,
-        }
-        save_record()
-        dropped = f", {table.left_out} broken ones left out" if table.left_out else ""
-        print(f"{name} {split.name}: {len(table.ids)} rows{dropped}, {unknown:.1%} <unk> -> {out}")
+        rows = len(table.ids)
+        dropped = f", {table.dropped} broken ones dropped" if table.dropped else ""
+        entry = {"rows": rows, "labelled": split.labelled}
+        return entry, f"{rows} rows{dropped}, {unknown:.1%} <unk>"
+
+    data_splits.write_splits(splits, record, entries, dictionaries, stale, write, f"{name} ")
     classes = f"{len(task.labels)}" if task.labels else "1 --regression-target"
     print(f"{name}: fairseq-train {out} --num-classes {classes}", flush=True)
-
-
-def without_paths(value: Any) -> Any:
-    """A value of `RECORD` to compare: of the files of a BPE not where they are."""
-    if not isinstance(value, dict):
-        return value
-    cased = value.get("options", {}).get("wordpiece_cased", False)
-    return value.get("name"), value["sha256"], cased

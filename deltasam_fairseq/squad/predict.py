@@ -17,82 +17,34 @@ import json
 import math
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 
-from deltasam_fairseq.checkpoints import (
-    CheckpointDamagedError,
-    CheckpointRefusedError,
-)
-from deltasam_fairseq.data.encoding_options import positive
 from deltasam_fairseq.data.files import DataError, atomic_write
-from deltasam_fairseq.glue.write_splits import without_paths
+from deltasam_fairseq.data.programs import (
+    load_and_check,
+    positive,
+    prediction_parser,
+    run_program,
+)
 from deltasam_fairseq.squad.metrics import score_answer
-from deltasam_fairseq.squad.questions import read_record
+from deltasam_fairseq.squad.questions import TASK, read_span_record
 from deltasam_fairseq.squad.spans import Candidate
 
-TASK = "span_prediction"
 
-
-def check(args: argparse.Namespace) -> Dict[str, Any]:
-    """Return what task.json says of the split.
-
-    Raises:
-        DataError: a file or the split is not there.
-    """
-    try:
-        record = read_record(args.data)
-    except ValueError as error:
-        raise DataError(f"--data {error}") from error
-    for path in args.path:
-        check_checkpoint(path, record)
-    if args.out.exists() and not args.out.is_dir():
-        raise DataError(f"--out {args.out}: is a file; give a folder")
-    splits = record["splits"]
-    if args.split not in splits:
-        raise DataError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
-    return splits[args.split]
-
-
-def check_checkpoint(path: Path, record: Dict[str, Any]) -> None:
-    """Compare the data that a checkpoint was trained on with the data to predict.
-
-    Raises:
-        DataError: it cannot be read, has too few positions, or is of another task or
-            encoding, as far as it can be known.
-    """
-    if not path.is_file():
-        raise DataError(f"--path {path}: no such file")
-    try:
-        options = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]["task"] or {}
-    except (CheckpointDamagedError, CheckpointRefusedError) as error:
-        raise DataError(f"--path: {error}") from error  # names the file itself
-    except (AttributeError, KeyError, TypeError) as error:  # of fairseq's, which expects its own
-        raise DataError(
-            f"--path {path}: no checkpoint of fairseq ({type(error).__name__}: {error}); give one "
-            "that fairseq-train has written"
-        ) from error
-    name = options.get("_name")
+def check_task(path: Path, cfg: Any, record: Dict[str, Any]) -> None:
+    """Raise a DataError if a checkpoint is of another task, or has too few positions."""
+    name = cfg["task"].get("_name")
     if name != TASK:
         raise DataError(f"--path {path}: of --task {name}, not of --task {TASK}")
-    positions, longest = options["max_positions"], record["max_seq_length"]
+    positions, longest = cfg["task"]["max_positions"], record["max_seq_length"]
     if longest > positions:
         raise DataError(
             f"--path {path}: the model has --max-positions {positions}, the windows of the data "
             f"have up to {longest} tokens; prepare them with --max-seq-length {positions}"
         )
-    origin = Path(options.get("data") or "")
-    if not (origin / "task.json").is_file():
-        return
-    made = read_record(origin)
-    for key in ("bpe", "separators"):
-        if without_paths(made.get(key)) != without_paths(record.get(key)):
-            raise DataError(
-                f"--path {path}: trained on data of another {key}; run squad.prepare with what "
-                f"{origin} was made with"
-            )
 
 
 @torch.no_grad()
@@ -146,39 +98,40 @@ def threshold(text: str) -> float:
     return number
 
 
-def main() -> int:
-    """Answer the questions of a split; return the exit code."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add("--data", type=Path, required=True, help="folder made by squad.prepare")
+def parser() -> argparse.ArgumentParser:
+    """Return the options."""
+    options = prediction_parser("squad.predict", __doc__, "windows")
+    add = options.add_argument
     add("--split", default="valid", help="of the data: valid, test, ... (default: valid)")
-    add("--path", type=Path, nargs="+", required=True, help="fine-tuned checkpoints")
-    add("--out", type=Path, required=True, help="folder to write")
-    add("--batch-size", type=positive(int), default=32, help="windows at a time (default: 32)")
     add("--max-answer-length", type=positive(int), help="in tokens (default: as in training)")
     add("--null-threshold", type=threshold, help="odds of 'no answer' (default: as in training)")
-    args = parser.parse_args()
+    return options
+
+
+def predict(args: argparse.Namespace) -> None:
+    """Answer the questions of a split and write the files."""
     try:
-        entry = check(args)
-        models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-            [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
-        )
-        for name in ("max_answer_length", "null_threshold"):
-            if getattr(args, name) is None:
-                setattr(args, name, getattr(cfg.criterion, name))
-            setattr(cfg.criterion, name, getattr(args, name))
-        criterion = task.build_criterion(cfg.criterion)
-        for model in models:
-            model.eval()
-            if torch.cuda.is_available():
-                model.cuda()
-        write(args, entry, task, candidates(models, task, criterion, args.split, args.batch_size))
-    except DataError as error:
-        print(f"squad.predict: {error}", file=sys.stderr)
-        return 2
-    return 0
+        record = read_span_record(args.data)
+    except ValueError as error:
+        raise DataError(f"--data {error}") from error
+    splits = record["splits"]
+    if args.split not in splits:
+        raise DataError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
+    models, cfg, task = load_and_check(
+        args, record, lambda path, cfg, _: check_task(path, cfg, record)
+    )
+    for name in ("max_answer_length", "null_threshold"):
+        if getattr(args, name) is None:
+            setattr(args, name, getattr(cfg.criterion, name))
+        setattr(cfg.criterion, name, getattr(args, name))
+    criterion = task.build_criterion(cfg.criterion)
+    found = candidates(models, task, criterion, args.split, args.batch_size)
+    write(args, splits[args.split], task, found)
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Do what the command line says; return the exit code."""
+    return run_program(parser(), predict, argv)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""Exact match and F1 over all questions of a validation, of predictions of their windows."""
+"""Exact match and F1 over all questions of a validation, of predictions of their windows.
+
+Apart from metrics.py, which is SQuAD's arithmetic alone: this needs fairseq's meters.
+"""
 
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 

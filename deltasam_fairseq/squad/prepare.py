@@ -17,18 +17,20 @@ Splits that the command does not name stay as they are.
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import Optional, Sequence
 
-from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of, positive
+from deltasam_fairseq.data.binarize import processes
+from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of
 from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.data.programs import positive, run_program
+from deltasam_fairseq.squad.windows import Layout
+from deltasam_fairseq.squad.write_splits import split_of, write_splits
 
 
 def prepare(args: argparse.Namespace) -> None:
     """Check all that is asked for, then write it."""
-    from deltasam_fairseq.data.binarize import processes  # not above: --help without fairseq
-    from deltasam_fairseq.squad.windows import Layout
-    from deltasam_fairseq.squad.write_splits import split_of, write_splits
-
     files = {name: getattr(args, name) for name in ("train", "valid", "test")}
     if not any(files.values()):
         raise DataError("give --train, --valid or --test, a file of SQuAD's layout")
@@ -54,7 +56,9 @@ def prepare(args: argparse.Namespace) -> None:
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m deltasam_fairseq.squad.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--train", type=Path, metavar="JSON", help="file to train on")
@@ -72,20 +76,14 @@ def parser() -> argparse.ArgumentParser:
         help="</s> between question and context: 1 as BERT, 2 as RoBERTa (default: by --bpe)",
     )
     add_encoding_options(options)
-    add(
-        "--any-rows", action="store_true", help="take incomplete files, leave misplaced answers out"
-    )
+    add("--any-rows", action="store_true", help="take incomplete files, drop misplaced answers")
     return options
 
 
-def main() -> None:
-    """Do what the command line says."""
-    options = parser()
-    try:
-        prepare(options.parse_args())
-    except DataError as error:
-        options.exit(2, f"squad.prepare: {error}\n")
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    """Do what the command line says; return the exit code."""
+    return run_program(parser(), prepare, argv)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

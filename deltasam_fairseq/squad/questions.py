@@ -7,7 +7,9 @@ from typing import Any, Dict, List, NamedTuple, Tuple
 import numpy as np
 from fairseq.data import data_utils
 
-RECORD = "task.json"
+from deltasam_fairseq.data.splits import read_record
+
+TASK = "span_prediction"
 # Columns of SPLIT.windows.npy, one row a window. Positions are those of tokens in the window.
 COLUMNS = (
     "start",  # position of the answer's first token; 0: no answer in this window
@@ -81,19 +83,16 @@ class Questions:
         )
 
 
-def read_record(data: Path) -> Dict[str, Any]:
-    """Return what python -m deltasam_fairseq.squad.prepare wrote about a folder of data.
+def read_span_record(data: Path) -> Dict[str, Any]:
+    """Return what python -m deltasam_fairseq.squad.prepare recorded about a folder of data.
 
     Raises:
         ValueError: it did not write it.
     """
-    path = data / RECORD
-    record: Dict[str, Any] = {}
-    if path.is_file():
-        record = json.loads(path.read_text(encoding="utf-8"))
-    if record.get("task") != "span_prediction":
+    record = read_record(data)
+    if record.get("task") != TASK:
         raise ValueError(
-            f"{data}: no data of --task span_prediction; make it with "
+            f"{data}: no data of --task {TASK}; make it with "
             "python -m deltasam_fairseq.squad.prepare"
         )
     return record

@@ -40,16 +40,16 @@ class Squad(NamedTuple):
     """What a file holds.
 
     Attributes:
-        version_2: questions may have no answer, and are judged as SQuAD 2.0 does it.
+        version_2: questions may have no answer, and are scored as SQuAD 2.0 does it.
         labelled: the answers are known.
-        left_out: number of answers that were not in their contexts, with ``any_rows``.
+        dropped: number of answers that were not in their contexts, with ``any_rows``.
     """
 
     contexts: List[str]
     questions: List[Question]
     version_2: bool
     labelled: bool
-    left_out: int
+    dropped: int
 
 
 def read_json(path: Path) -> Any:
@@ -102,7 +102,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
     Args:
         labelled: whether answers are needed; without, they are read if all questions have some, or
             say that there is none (``is_impossible``).
-        any_rows: take an official file that lacks questions, and leave out answers that are not
+        any_rows: take an official file that lacks questions, and drop answers that are not
             where the file says.
 
     Raises:
@@ -132,7 +132,7 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
     labelled = labelled or all(e.get("answers") or e.get("is_impossible") for _, e in found)
     version_2 = str(content.get("version", "")).lstrip("v").startswith("2")
     version_2 = version_2 or any(entry.get("is_impossible") for _, entry in found)
-    questions, left_out = [], 0
+    questions, dropped = [], 0
     for name, text, (context, entry) in zip(ids, texts, found):
         answers: Sequence[Answer] = ()
         if labelled and not entry.get("is_impossible"):
@@ -142,16 +142,16 @@ def read_squad(path: Path, labelled: bool = True, any_rows: bool = False) -> Squ
                 raise DataError(
                     f"{path}, question {name}: the answer {wrong[0].text!r} does not stand at "
                     f"character {wrong[0].start} of its context; answer_start counts characters "
-                    "from 0 (--any-rows leaves such answers out)"
+                    "from 0 (--any-rows drops such answers)"
                 )
             answers = [answer for answer in every if answer not in wrong]
-            left_out += len(wrong)
+            dropped += len(wrong)
             if every and not answers:
                 continue
         questions.append(Question(name, text, context, tuple(answers)))
     if not questions:
         raise DataError(f"{path} has no questions")
-    return Squad(contexts, questions, version_2, labelled, left_out)
+    return Squad(contexts, questions, version_2, labelled, dropped)
 
 
 def _check_questions(path: Path, ids: Sequence[str], any_rows: bool) -> None:

@@ -28,7 +28,7 @@ from fairseq.tasks import FairseqTask, register_task
 from omegaconf import II, MISSING, OmegaConf, open_dict
 
 from deltasam_fairseq.squad.head import SPAN_HEAD, register_span_head
-from deltasam_fairseq.squad.questions import Questions, read_record, read_windows
+from deltasam_fairseq.squad.questions import Questions, read_span_record, read_windows
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +82,7 @@ class SpanPredictionTask(FairseqTask):
         Raises:
             ValueError: the folder is not one of prepared data, or its windows are too long.
         """
-        record = read_record(Path(cfg.data))
+        record = read_span_record(Path(cfg.data))
         longest = record["max_seq_length"]
         if longest > cfg.max_positions:
             raise ValueError(
@@ -99,7 +99,7 @@ class SpanPredictionTask(FairseqTask):
             ValueError: it has no answers, to train on or to validate with.
         """
         data = Path(self.cfg.data)
-        splits = read_record(data)["splits"]
+        splits = read_span_record(data)["splits"]
         if split not in splits:
             raise FileNotFoundError(
                 f"{data} has no split {split}, it has {', '.join(splits) or 'none'}; make it with "

@@ -17,8 +17,8 @@ class Encoded(NamedTuple):
 
     Attributes:
         tokens: numbers in the dictionary, shape (n,); one that is not known is <unk>.
-        offsets: characters at which each begins and behind which it ends, white space at its ends
-            left out, shape (n, 2). Empty where it is nothing else.
+        offsets: characters at which each begins and behind which it ends, without white space at
+            its ends, shape (n, 2). Empty where it is nothing else.
     """
 
     tokens: np.ndarray

@@ -1,6 +1,7 @@
 """glue.predict: ids kept, labels as GLUE names them, scores on the task's scale."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,9 +10,8 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from deltasam_fairseq.glue import predict as predict_glue
 from tests.helpers import runs, tiny
-
-ROOT = Path(__file__).parents[2]
 
 LABELS = ["not_entailment", "entailment"]
 
@@ -37,13 +37,22 @@ def trained(data, save_dir, *more, seed="3"):
     return runs.train(data, save_dir, *more, criterion="plain").save_dir / "checkpoint_last.pt"
 
 
-def predict(*argv, code=0):
-    command = [sys.executable, "-m", "deltasam_fairseq.glue.predict", *map(str, argv)]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
-    )
-    assert result.returncode == code, result.stderr
-    return result.stderr
+def predict(*argv):
+    assert predict_glue.main([str(word) for word in argv]) == 0
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that returns what the program prints when it refuses its options."""
+
+    def run(*argv):
+        capsys.readouterr()
+        assert predict_glue.main([str(word) for word in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("glue.predict: ")
+        return error
+
+    return run
 
 
 def outputs_of(path, rows):
@@ -82,8 +91,6 @@ def test_scores_are_scaled_once_and_not_negative(tmp_path):
 
 def test_range_of_scores(monkeypatch):
     """STS-B's is known, that of a task of the user's is not."""
-    from deltasam_fairseq.glue import predict as predict_glue
-
     rows = torch.tensor([[1.03], [-0.5], [0.25]])
     scores = {
         task: predict_glue.answers({"task": task, "scale": 5.0}, None, rows)
@@ -93,7 +100,7 @@ def test_range_of_scores(monkeypatch):
     assert scores["mood"] == ["5.150", "-2.500", "1.250"]
 
 
-def test_labels_in_another_order_are_refused(tmp_path):
+def test_labels_in_another_order_are_refused(tmp_path, refused):
     """fairseq's own preparation sorts labels by how often they are."""
     data, _ = prepared(tmp_path / "data", "RTE", regression=False)
     path = trained(data, tmp_path / "run")
@@ -101,7 +108,7 @@ def test_labels_in_another_order_are_refused(tmp_path):
     other, _ = prepared(tmp_path / "other", "RTE", regression=False)
     record = json.loads((other / "task.json").read_text())
     (other / "task.json").write_text(json.dumps({**record, "labels": LABELS[::-1]}))
-    message = predict("--data", other, "--path", path, "--out", tmp_path / "out", code=2)
+    message = refused("--data", other, "--path", path, "--out", tmp_path / "out")
     assert f"trained with the labels {' '.join(LABELS)} in this order" in message
 
 
@@ -115,31 +122,35 @@ def test_several_checkpoints_and_both_parts_of_mnli(tmp_path):
         assert found == [LABELS[i] for i in mean.argmax(1)]
 
 
-def test_errors(tmp_path):
+def test_errors(tmp_path, refused):
     data, _ = prepared(tmp_path / "data", "RTE", regression=False)
     path = trained(data, tmp_path / "run")
     out = ["--out", tmp_path / "out"]
-    assert "no such file" in predict("--data", data, "--path", "/no/such.pt", *out, code=2)
-    assert "task.json" in predict("--data", tmp_path, "--path", path, *out, code=2)
+    assert "no such file" in refused("--data", data, "--path", "/no/such.pt", *out)
+    assert "task.json" in refused("--data", tmp_path, "--path", path, *out)
     record = json.loads((data / "task.json").read_text())
     (data / "task.json").write_text(json.dumps({**record, "labels": ["0", "1"]}))
-    message = predict("--data", data, "--path", path, *out, code=2)
+    message = refused("--data", data, "--path", path, *out)
     assert "not_entailment" in message and "0" in message
     other, _ = prepared(tmp_path / "other", "CoLA", regression=False)
     (data / "task.json").write_text(json.dumps(record))
-    message = predict("--data", other, "--path", path, *out, code=2)
+    message = refused("--data", other, "--path", path, *out)
     assert "trained on RTE" in message and "CoLA" in message
     scores, _ = prepared(tmp_path / "scores", "RTE", regression=True)
-    message = predict("--data", scores, "--path", path, *out, code=2)
+    message = refused("--data", scores, "--path", path, *out)
     assert "trained for 2 classes, the data has scores" in message
     same = prepared(tmp_path / "same", "RTE", regression=False)[0] / "task.json"
     same.write_text(json.dumps({**record, "bpe": {"sha256": {"dict": "d2"}}}))
-    assert "another BPE" in predict("--data", same.parent, "--path", path, *out, code=2)
+    assert "another bpe" in refused("--data", same.parent, "--path", path, *out)
     (data / "task.json").write_text(json.dumps({**record, "splits": {"train": {}}}))
-    assert "test.tsv" in predict("--data", data, "--path", path, *out, code=2)
+    assert "test.tsv" in refused("--data", data, "--path", path, *out)
     assert not (tmp_path / "out" / "RTE.tsv").exists()
 
 
-@pytest.fixture(autouse=True)
-def plugin_on_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_the_program(tmp_path):
+    command = [sys.executable, "-m", "deltasam_fairseq.glue.predict"]
+    more = ["--data", str(tmp_path), "--path", "x.pt", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run([*command, *more], stderr=subprocess.PIPE, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"glue.predict: --data {tmp_path}: no task.js")

@@ -128,8 +128,8 @@ def write_span_prediction(
     A question is a word, its answer the next one or two words of the context; every fifth word is
     not in the context.
     """
+    from deltasam_fairseq.squad.questions import COLUMNS
     from deltasam_fairseq.squad.windows import Layout
-    from deltasam_fairseq.squad.write_splits import COLUMNS
 
     words, layout = dictionary(), Layout(length=16, stride=4, query=4, separators=2)
     path.mkdir(parents=True, exist_ok=True)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -11,10 +12,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from deltasam_fairseq.squad import predict as predict_squad
 from deltasam_fairseq.squad.metrics import score_answer
 from tests.helpers import runs
-
-ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -29,13 +29,22 @@ def trained(span_prediction, tmp_path_factory):
     return [folder / seed / "checkpoint_last.pt" for seed in ("3", "4")]
 
 
-def predict(*argv, code=0):
-    command = [sys.executable, "-m", "deltasam_fairseq.squad.predict", *map(str, argv)]
-    result = subprocess.run(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, universal_newlines=True
-    )
-    assert result.returncode == code, result.stderr
-    return result.stdout if code == 0 else result.stderr
+def predict(*argv):
+    assert predict_squad.main([str(word) for word in argv]) == 0
+
+
+@pytest.fixture
+def refused(capsys):
+    """A function that returns what the program prints when it refuses its options."""
+
+    def run(*argv):
+        capsys.readouterr()
+        assert predict_squad.main([str(word) for word in argv]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("squad.predict: ")
+        return error
+
+    return run
 
 
 def read(folder):
@@ -78,8 +87,8 @@ def by_hand(data, paths):
 
 
 @pytest.mark.parametrize("count", [1, 2])
-def test_answers_are_the_best_spans(span_prediction, trained, tmp_path, count):
-    output = predict(
+def test_answers_are_the_best_spans(span_prediction, trained, tmp_path, count, capsys):
+    predict(
         *("--data", span_prediction, "--path", *trained[:count], "--out", tmp_path / "out"),
         *("--batch-size", "3"),
     )
@@ -95,7 +104,7 @@ def test_answers_are_the_best_spans(span_prediction, trained, tmp_path, count):
         "f1": pytest.approx(f1),
         "total": 14,
     }
-    assert f"exact_match {exact:.2f}, f1 {f1:.2f}" in output
+    assert f"exact_match {exact:.2f}, f1 {f1:.2f}" in capsys.readouterr().out
 
 
 def test_thresholds(span_prediction, trained, tmp_path):
@@ -111,22 +120,22 @@ def test_thresholds(span_prediction, trained, tmp_path):
     assert all(map(math.isfinite, read(tmp_path / "all")["null_odds"].values()))
 
 
-def test_errors(span_prediction, classification, trained, tmp_path):
+def test_errors(span_prediction, classification, trained, tmp_path, refused):
     out = ("--out", tmp_path / "out")
     data = ("--data", span_prediction)
-    assert "no such file" in predict(*data, "--path", "/no/such.pt", *out, code=2)
-    message = predict(*data, "--path", trained[0], *out, "--split", "test", code=2)
+    assert "no such file" in refused(*data, "--path", "/no/such.pt", *out)
+    message = refused(*data, "--path", trained[0], *out, "--split", "test")
     assert "--split test" in message and "train, valid" in message
-    message = predict("--data", classification, "--path", trained[0], *out, code=2)
+    message = refused("--data", classification, "--path", trained[0], *out)
     assert "squad.prepare" in message
     path = runs.train(classification, tmp_path / "run", "--max-update", "1").save_dir
-    message = predict(*data, "--path", path / "checkpoint_last.pt", *out, code=2)
+    message = refused(*data, "--path", path / "checkpoint_last.pt", *out)
     assert "not of --task span_prediction" in message
     other = Path(shutil.copytree(str(span_prediction), str(tmp_path / "other")))
     record = json.loads((other / "task.json").read_text())
     record["bpe"] = {"name": "gpt2", "sha256": {"dict": "0"}}
     (other / "task.json").write_text(json.dumps(record))
-    message = predict("--data", other, "--path", trained[0], *out, code=2)
+    message = refused("--data", other, "--path", trained[0], *out)
     assert "trained on data of another bpe" in message
     record["bpe"] = {"name": "wordpiece", "sha256": {}, "options": {"wordpiece_cased": True}}
     (other / "task.json").write_text(json.dumps(record))
@@ -136,11 +145,11 @@ def test_errors(span_prediction, classification, trained, tmp_path):
     torch.save(state, tmp_path / "uncased.pt")
     record["bpe"]["options"]["wordpiece_cased"] = False
     (tmp_path / "origin" / "task.json").write_text(json.dumps(record))
-    message = predict("--data", other, "--path", tmp_path / "uncased.pt", *out, code=2)
+    message = refused("--data", other, "--path", tmp_path / "uncased.pt", *out)
     assert "trained on data of another bpe" in message
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("a file")
-    message = predict(*data, "--path", trained[0], *out, code=2)
+    message = refused(*data, "--path", trained[0], *out)
     assert "is a file; give a folder" in message
 
 
@@ -159,25 +168,25 @@ def test_a_split_without_answers(span_prediction, trained, tmp_path):
         task.load_dataset("valid")
 
 
-def test_checkpoints_that_are_none(span_prediction, trained, tmp_path):
+def test_checkpoints_that_are_none(span_prediction, trained, tmp_path, refused):
     common = ("--data", span_prediction, "--out", tmp_path / "out")
     for name, content in (("garbage", b"no checkpoint"), ("cut", trained[0].read_bytes()[:2000])):
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
-        message = predict(*common, "--path", trained[0], path, code=2)
+        message = refused(*common, "--path", trained[0], path)
         assert f"squad.predict: --path: {path}" in message and "Traceback" not in message
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.zeros(1)}, path)
-    message = predict(*common, "--path", path, code=2)
+    message = refused(*common, "--path", path)
     assert f"--path {path}: no checkpoint of fairseq" in message and "Traceback" not in message
 
 
-def test_windows_that_are_too_long(span_prediction, trained, tmp_path):
+def test_windows_that_are_too_long(span_prediction, trained, tmp_path, refused):
     data = Path(shutil.copytree(str(span_prediction), str(tmp_path / "data")))
     record = json.loads((data / "task.json").read_text())
     (data / "task.json").write_text(json.dumps({**record, "max_seq_length": 1000}))
     common = ("--data", data, "--path", trained[0], "--out", tmp_path / "out")
-    message = predict(*common, code=2)
+    message = refused(*common)
     assert "--max-positions" in message and "up to 1000 tokens" in message
     assert "--max-seq-length" in message and "Traceback" not in message
 
@@ -190,16 +199,22 @@ def test_windows_that_are_too_long(span_prediction, trained, tmp_path):
         ("--null-threshold", ("nan",)),
     ],
 )
-def test_wrong_numbers(option, values, tmp_path):
+def test_wrong_numbers(option, values, tmp_path, capsys):
     for value in values:
-        message = predict(
-            *("--data", tmp_path, "--path", "x.pt", "--out", tmp_path / "out"),
-            f"{option}={value}",
-            code=2,
-        )
+        with pytest.raises(SystemExit) as raised:
+            predict_squad.main(
+                ["--data", ".", "--path", "x.pt", "--out", str(tmp_path), f"{option}={value}"]
+            )
+        message = capsys.readouterr().err
+        assert raised.value.code == 2
         assert f"argument {option}: invalid" in message and value in message
+        assert message.startswith("usage: python -m deltasam_fairseq.squad.predict ")
 
 
-@pytest.fixture(autouse=True)
-def plugin_on_the_path(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+def test_the_program(tmp_path):
+    command = [sys.executable, "-m", "deltasam_fairseq.squad.predict"]
+    more = ["--data", str(tmp_path), "--path", "x.pt", "--out", str(tmp_path / "out")]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
+    result = subprocess.run([*command, *more], stderr=subprocess.PIPE, text=True, env=environment)
+    assert result.returncode == 2
+    assert result.stderr.splitlines()[-1].startswith(f"squad.predict: --data {tmp_path}: no data")

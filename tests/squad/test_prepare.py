@@ -316,7 +316,7 @@ def test_misplaced_answers_are_left_out_when_asked_to(tmp_path):
     wrong = {"answers": [{"text": "tea", "answer_start": 1}]}
     path = write(tmp_path / "x.json", squad(wrong, gold("tea")))
     found = read_squad(path, any_rows=True)
-    assert [q.id for q in found.questions] == ["q1"] and found.left_out == 1
+    assert [q.id for q in found.questions] == ["q1"] and found.dropped == 1
 
 
 # From files to the task
