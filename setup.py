@@ -34,8 +34,8 @@ setup(
     ],
     extras_require={
         "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"],
-        # --bpe wordpiece, python -m deltasam_fairseq.convert
-        "convert": ["tokenizers", "safetensors"],
+        # python -m deltasam_fairseq.convert; --bpe wordpiece needs tokenizers alone
+        "convert": ["transformers", "tokenizers", "safetensors"],
         # examples.glue.report, and the curves of the benchmark
         "report": ["pandas", "scipy>=1.10", "matplotlib", "jinja2", "markdown"],
     },

@@ -5,8 +5,9 @@
         --data DATA --out DIR --tokenizer HF_FOLDER
 
 ``to-fairseq`` writes model.pt, dict.txt and the tokenizer's files, and prints the options to
-fine-tune with.  ``to-hf`` writes a folder for AutoModelForSequenceClassification.  Nothing is
-fetched; transformers is not needed; .safetensors files need the package safetensors.
+fine-tune with.  ``to-hf`` writes a folder for AutoModelForSequenceClassification.  Both then encode
+a few hundred lines and run both models on them; a difference is an error.  Nothing is fetched;
+transformers is needed (pip install transformers).
 """
 
 from __future__ import annotations
@@ -25,7 +26,9 @@ UNREADABLE = (CheckpointDamagedError, CheckpointRefusedError)
 
 def main() -> None:
     """Convert, or say in one line why not."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m deltasam_fairseq.convert", description=__doc__.splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("to-fairseq", help="a Hugging Face folder -> model.pt, dict.txt")
     command.add_argument("--from", dest="source", type=Path, required=True, help="folder to read")
@@ -41,13 +44,15 @@ def main() -> None:
     command.add_argument("--data", type=Path, required=True, help="data that it was trained on")
     command.add_argument("--out", type=Path, required=True, help="folder to make")
     command.add_argument("--tokenizer", type=Path, help="folder with the tokenizer's files")
+    for command in commands.choices.values():
+        command.add_argument("--text", type=Path, help="file of lines for the comparison, too")
     args = parser.parse_args()
     torch.manual_seed(1)  # of layers that the checkpoint does not have
     try:
         if args.command == "to-fairseq":
-            lines = to_fairseq(args.source, args.out, args.num_classes)
+            lines = to_fairseq(args.source, args.out, args.num_classes, args.text)
         else:
-            lines = to_hf(args.source, args.data, args.out, args.tokenizer)
+            lines = to_hf(args.source, args.data, args.out, args.tokenizer, args.text)
     except (ValueError, OSError, ImportError, *UNREADABLE) as error:
         parser.error(str(error))
     print("\n".join(lines))

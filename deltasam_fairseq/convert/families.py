@@ -34,10 +34,6 @@ LAYER = {
     "fc2": "output.dense",
     "final_layer_norm": "output.LayerNorm",
 }
-TOKENIZER_FILES = (
-    *("vocab.txt", "vocab.json", "merges.txt", "tokenizer.json", "tokenizer_config.json"),
-    *("special_tokens_map.json", "added_tokens.json"),
-)
 
 
 class Family(NamedTuple):
@@ -45,11 +41,13 @@ class Family(NamedTuple):
 
     arch: str  # fairseq's
     special: Dict[str, str]  # special token -> fairseq's symbol
+    separators: int  # </s> between the sentences of a pair
     token_types: int
+    with_lm: str  # class of transformers with the MLM head (and BERT's pooler)
+    with_head: str
     lm_dense: str
     lm_layer_norm: str
-    lm_decoder: str  # its .weight, if not tied
-    lm_bias: str  # the prefix of .bias; the decoder may hold it instead
+    lm_head: str  # the prefix of .bias and .decoder
     head_dense: str
     head_out: str
 
@@ -58,26 +56,48 @@ FAMILIES = {
     "bert": Family(
         arch="bert",
         special=BERT_SPECIAL,
+        separators=1,
         token_types=2,
+        with_lm="BertForPreTraining",
+        with_head="BertForSequenceClassification",
         lm_dense="cls.predictions.transform.dense",
         lm_layer_norm="cls.predictions.transform.LayerNorm",
-        lm_decoder="cls.predictions.decoder",
-        lm_bias="cls.predictions",
+        lm_head="cls.predictions",
         head_dense="pooler.dense",
         head_out="classifier",
     ),
     "roberta": Family(
         arch="roberta",
         special={symbol: symbol for symbol in BERT_SPECIAL.values()},
+        separators=2,
         token_types=1,
+        with_lm="RobertaForMaskedLM",
+        with_head="RobertaForSequenceClassification",
         lm_dense="lm_head.dense",
         lm_layer_norm="lm_head.layer_norm",
-        lm_decoder="lm_head.decoder",
-        lm_bias="lm_head",
+        lm_head="lm_head",
         head_dense="classifier.dense",
         head_out="classifier.out_proj",
     ),
 }
+
+
+def import_transformers() -> Any:
+    """transformers, without its reports and progress bars.
+
+    Raises:
+        ImportError: it is not installed.
+    """
+    try:
+        import transformers
+    except ImportError as error:
+        raise ImportError(
+            f"python -m deltasam_fairseq.convert needs transformers ({error}): "
+            "pip install transformers"
+        ) from error
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
 @contextlib.contextmanager
@@ -107,19 +127,7 @@ def read_json(path: Path) -> Any:
         raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-
-
-def safetensors_torch() -> Any:
-    try:
-        import safetensors.torch
-    except ImportError as error:
-        raise ImportError("model.safetensors needs safetensors: pip install safetensors") from error
-    return safetensors.torch
-
-
-def layers_of(layers: int) -> Dict[str, str]:
+def layer_modules(layers: int) -> Dict[str, str]:
     """Modules with a weight and a bias that both encoders have, fairseq -> Hugging Face."""
     modules = {f"{ENCODER}layernorm_embedding": "embeddings.LayerNorm"}
     for i in range(layers):
@@ -128,7 +136,7 @@ def layers_of(layers: int) -> Dict[str, str]:
     return modules
 
 
-def renamed(tensors: Tensors, modules: Dict[str, str]) -> Tensors:
+def rename_modules(tensors: Tensors, modules: Dict[str, str]) -> Tensors:
     """The weights and biases of modules, from their names (values) to new ones (keys).
 
     Raises:
@@ -141,15 +149,9 @@ def renamed(tensors: Tensors, modules: Dict[str, str]) -> Tensors:
     return {new: tensors[old] for new, old in pairs.items()}
 
 
-def first_position(config: Dict[str, Any]) -> int:
+def first_position(config: Any) -> int:
     """The row of the first token's position embedding: 0 in BERT, behind the padding in RoBERTa."""
-    return int(config["pad_token_id"]) + 1 if config["model_type"] == "roberta" else 0
-
-
-def copy_tokenizer(source: Path, out: Path) -> None:
-    for name in TOKENIZER_FILES:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    return int(config.pad_token_id) + 1 if config.model_type == "roberta" else 0
 
 
 def load_exactly(model: Any, state: Tensors, complaint: str) -> None:

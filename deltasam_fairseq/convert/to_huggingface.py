@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import re
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, Dict, List, Optional
+from typing import Any, List, Optional
 
 import torch
 from fairseq import checkpoint_utils
@@ -17,6 +18,7 @@ from fairseq.models.roberta import RobertaModel
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from deltasam_fairseq.convert.compare import Side, compare_outputs, compare_tokens, sample_lines
 from deltasam_fairseq.convert.families import (
     ACTIVATIONS,
     ENCODER,
@@ -25,15 +27,20 @@ from deltasam_fairseq.convert.families import (
     MASK,
     Tensors,
     atomic_output_dir,
-    copy_tokenizer,
     first_position,
-    layers_of,
+    import_transformers,
+    layer_modules,
     load_exactly,
-    renamed,
-    safetensors_torch,
-    write_json,
+    rename_modules,
 )
-from deltasam_fairseq.convert.vocabulary import fairseq_symbols, read_vocabulary_of
+from deltasam_fairseq.convert.vocabulary import (
+    BPE,
+    copy_tokenizer,
+    fairseq_symbols,
+    load_vocabulary,
+    write_bpe,
+)
+from deltasam_fairseq.data.binarize import build_bpe
 from deltasam_fairseq.models import BertModel
 
 # fairseq 0.12.2 keeps a layer's weights twice, and trains the others.
@@ -111,7 +118,7 @@ def read_model(checkpoint: Path, dictionary: Dictionary) -> Any:
     model = cls.build_model(args, SimpleNamespace(source_dictionary=dictionary))
     weights = {name: x for name, x in state["model"].items() if not SECOND_COPY.search(name)}
     load_exactly(model, weights, str(checkpoint))
-    return model
+    return model.eval()
 
 
 def classification_head(model: Any) -> Any:
@@ -131,41 +138,39 @@ def classification_head(model: Any) -> Any:
     return heads[name]
 
 
-def hf_config(model: Any, model_type: str, symbols: List[str], labels: List[str]) -> Dict[str, Any]:
-    """config.json for a fairseq model whose words are ``symbols``, in the order of their ids."""
+def hf_config(model: Any, model_type: str, symbols: List[str], labels: List[str]) -> Any:
+    """transformers' config of a fairseq model with ``symbols`` in the order of their ids."""
     args = model.args
     activation = {ours: theirs for theirs, ours in reversed(list(ACTIVATIONS.items()))}
-    name = {"bert": "Bert", "roberta": "Roberta"}[model_type]
-    config = {
-        "architectures": [f"{name}ForSequenceClassification"],
-        "model_type": model_type,
-        "vocab_size": len(symbols),
-        "num_hidden_layers": len(model.encoder.sentence_encoder.layers),
-        "hidden_size": args.encoder_embed_dim,
-        "intermediate_size": args.encoder_ffn_embed_dim,
-        "num_attention_heads": args.encoder_attention_heads,
-        "hidden_act": activation[args.activation_fn],
-        "hidden_dropout_prob": args.dropout,
-        "attention_probs_dropout_prob": args.attention_dropout,
-        "classifier_dropout": args.pooler_dropout,
-        "layer_norm_eps": args.layer_norm_eps if model_type == "bert" else 1e-5,
-        "type_vocab_size": FAMILIES[model_type].token_types,
-        "pad_token_id": symbols.index("<pad>"),
-        "bos_token_id": symbols.index("<s>"),
-        "eos_token_id": symbols.index("</s>"),
-        "id2label": {str(i): label for i, label in enumerate(labels)},
-        "label2id": {label: i for i, label in enumerate(labels)},
-        "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
-    }
-    config["max_position_embeddings"] = args.max_positions + first_position(config)
+    config = import_transformers().AutoConfig.for_model(
+        model_type,
+        vocab_size=len(symbols),
+        num_hidden_layers=len(model.encoder.sentence_encoder.layers),
+        hidden_size=args.encoder_embed_dim,
+        intermediate_size=args.encoder_ffn_embed_dim,
+        num_attention_heads=args.encoder_attention_heads,
+        hidden_act=activation[args.activation_fn],
+        hidden_dropout_prob=args.dropout,
+        attention_probs_dropout_prob=args.attention_dropout,
+        classifier_dropout=args.pooler_dropout,
+        layer_norm_eps=args.layer_norm_eps if model_type == "bert" else 1e-5,
+        type_vocab_size=FAMILIES[model_type].token_types,
+        pad_token_id=symbols.index("<pad>"),
+        bos_token_id=symbols.index("<s>"),
+        eos_token_id=symbols.index("</s>"),
+        id2label=dict(enumerate(labels)),
+        label2id={label: i for i, label in enumerate(labels)},
+        problem_type="regression" if len(labels) == 1 else "single_label_classification",
+    )
+    config.max_position_embeddings = args.max_positions + first_position(config)
     return config
 
 
-def hf_weights(model: Any, config: Dict[str, Any], rows: Tensor) -> Tensors:
+def hf_weights(model: Any, config: Any, rows: Tensor) -> Tensors:
     """The weights under Hugging Face's names; ``rows``: which word is which id."""
-    family, head = FAMILIES[config["model_type"]], classification_head(model)
+    family, head = FAMILIES[config.model_type], classification_head(model)
     state = model.state_dict()
-    hf = renamed(state, {b: a for a, b in layers_of(config["num_hidden_layers"]).items()})
+    hf = rename_modules(state, {b: a for a, b in layer_modules(config.num_hidden_layers).items()})
     hf["embeddings.word_embeddings.weight"] = state[f"{ENCODER}embed_tokens.weight"][rows]
     positions = state[f"{ENCODER}embed_positions.weight"][Dictionary().pad() + 1 :]
     unused = positions.new_zeros(first_position(config), positions.shape[1])
@@ -173,16 +178,26 @@ def hf_weights(model: Any, config: Dict[str, Any], rows: Tensor) -> Tensors:
     types = state.get(f"{ENCODER}embed_types.weight", positions.new_zeros(1, positions.shape[1]))
     hf["embeddings.token_type_embeddings.weight"] = types
     names = {family.head_dense: "dense", family.head_out: "out_proj"}
-    hf.update(renamed(head.state_dict(), names))
+    hf.update(rename_modules(head.state_dict(), names))
     body = ("embeddings.", "encoder.", "pooler.")
-    prefix = config["model_type"]
-    return {
-        f"{prefix}.{name}" if name.startswith(body) else name: tensor.contiguous()
-        for name, tensor in hf.items()
-    }
+    prefix = config.model_type
+    return {f"{prefix}.{x}" if x.startswith(body) else x: tensor for x, tensor in hf.items()}
 
 
-def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = None) -> List[str]:
+def random_rows(dictionary: Dictionary) -> List[List[int]]:
+    """Rows of token numbers for a comparison without a tokenizer: ``<s> ... </s>``."""
+    draw = torch.Generator().manual_seed(1)
+    words = torch.randint(dictionary.nspecial, len(dictionary), (16, 12), generator=draw)
+    return [[dictionary.bos(), *row, dictionary.eos()] for row in words.tolist()]
+
+
+def to_hf(
+    checkpoint: Path,
+    data: Path,
+    out: Path,
+    tokenizer: Optional[Path] = None,
+    text: Optional[Path] = None,
+) -> List[str]:
     """Export a fine-tuned RoBERTa or bert.
 
     Args:
@@ -191,6 +206,7 @@ def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = N
         out: folder to make.
         tokenizer: the Hugging Face folder that the model once came from, or what to-fairseq made
             of it. Its files are copied, and ids are as there; without it they are fairseq's.
+        text: file whose lines both tokenizers encode, beside those of `sample_lines`.
 
     Returns:
         Lines to print.
@@ -198,13 +214,14 @@ def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = N
     Raises:
         ValueError, OSError, ImportError: what is wrong, in words. Then nothing is written.
     """
+    transformers = import_transformers()
     dictionary = read_dictionary(data)
     model = read_model(checkpoint, dictionary)
     model_type = "bert" if isinstance(model, BertModel) else "roberta"
-    symbols = list(dictionary.symbols)
+    family, symbols = FAMILIES[model_type], list(dictionary.symbols)
     if tokenizer is not None:
-        vocabulary = read_vocabulary_of(tokenizer, model_type)
-        symbols = fairseq_symbols(vocabulary, FAMILIES[model_type], len(symbols))
+        vocabulary = load_vocabulary(tokenizer, model_type)
+        symbols = fairseq_symbols(vocabulary, family, len(symbols))
         unknown = set(symbols) ^ set(dictionary.symbols)
         if unknown:
             raise ValueError(
@@ -212,20 +229,28 @@ def to_hf(checkpoint: Path, data: Path, out: Path, tokenizer: Optional[Path] = N
                 f"{sorted(unknown)[:3]}: give the tokenizer that the dict.txt was made from"
             )
     rows = torch.tensor([dictionary.index(symbol) for symbol in symbols])
-    classes = classification_head(model).out_proj.out_features
+    head = classification_head(model)
+    classes = head.out_proj.out_features
     config = hf_config(model, model_type, symbols, read_labels(data, classes))
     weights = hf_weights(model, config, rows)
     scale = read_scale(data) if classes == 1 else 1.0
     for name in ("weight", "bias"):
-        weights[f"{FAMILIES[model_type].head_out}.{name}"] *= scale
-    save_file = safetensors_torch().save_file
+        weights[f"{family.head_out}.{name}"] = weights[f"{family.head_out}.{name}"] * scale
+    exported = getattr(transformers, family.with_head)(config).eval()
+    load_exactly(exported, weights, str(checkpoint))
+
+    side, encoded = Side(family, dictionary, rows.argsort()), random_rows(dictionary)
+    if tokenizer is not None:
+        with tempfile.TemporaryDirectory() as folder:
+            bpe = write_bpe(vocabulary, model_type, Path(folder))
+            files = {name: x if x is True else f"{folder}/{x}" for name, x in bpe.items()}
+            lines = sample_lines(vocabulary, text)
+            encoded = compare_tokens(side, vocabulary, build_bpe(BPE[model_type], **files), lines)
+    compare_outputs(side, exported, model, lambda features: scale * head(features), encoded)
     with atomic_output_dir(out) as part:
-        write_json(part / "config.json", config)
-        save_file(weights, str(part / "model.safetensors"), metadata={"format": "pt"})
+        exported.save_pretrained(str(part))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, part)
     scaled = f", scores times {scale:g} as in the data's TSV" if scale != 1 else ""
     ids = f"ids and tokenizer of {tokenizer}" if tokenizer else "fairseq's ids, no tokenizer"
-    return [
-        f"{checkpoint} -> {out}: {config['architectures'][0]}, {classes} classes, {ids}{scaled}"
-    ]
+    return [f"{checkpoint} -> {out}: {family.with_head}, {classes} classes, {ids}{scaled}"]
