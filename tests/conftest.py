@@ -8,7 +8,9 @@ import torch
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
 
-from tests.helpers import tiny  # noqa: E402  after the threads are set
+from tests.helpers import fast_config, tiny  # noqa: E402  after the threads are set
+
+fast_config.install()
 
 
 def _half_precision_here() -> bool:

@@ -1,15 +1,12 @@
 """Ways of data parallelism: those that work, bit for bit, and those that are refused."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
 
 from tests.helpers import tiny
-from tests.helpers.processes import PATH, free_port
+from tests.helpers.processes import free_port, run_together
 
 SHARDED = {
     "sam_adam": ["--optimizer", "sam_adam"],
@@ -73,13 +70,8 @@ def sharded(classification, tmp_path_factory):
         add(f"{name}, sharded", *sharding)
         add(f"{name}, begun", *sharding, "--max-update", "3")
         add(f"{name}, resumed", *sharding)
-    spec_file = folder / "spec.json"
-    spec_file.write_text(json.dumps(specs))
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    env["PYTHONPATH"] = os.pathsep.join([PATH, os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "tests.helpers.forked", str(spec_file)]
-    subprocess.run(command, env=env, check=True)
     for spec in specs:
+        run_together(spec)
         with open(spec["out"] + ".json") as f:
             assert json.load(f)["status"] == [0, 0], open(spec["out"] + ".0.log").read()[-4000:]
     return folder

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from tests.helpers import tiny
-from tests.helpers.processes import HERE, PATH, free_port
+from tests.helpers.processes import HERE, PATH, free_port, run_together
 
 FAULTS = str(HERE / "faults")
 UPDATES = 7
@@ -62,19 +62,15 @@ class Runs:
             *("--distributed-backend", "gloo", "--distributed-rank"),
         ]
         ranks = [argv + [*group, str(r)] if world_size > 1 else argv for r in range(world_size)]
-        env.update(SEEN=str(self.folder / f"{name}.seen"), FAULT=json.dumps(fault or {}))
+        seen = str(self.folder / f"{name}.seen")
+        env.update(PYTHONPATH=PATH, SEEN=seen, FAULT=json.dumps(fault or {}))
         out = str(self.folder / name)
         spec = {"ranks": ranks, "env": env, "out": out, "timeout": 60, "hanging": hanging}
         self.specs.append(spec)
 
     def make(self):
-        spec_file = self.folder / "spec.json"
-        spec_file.write_text(json.dumps(self.specs))
-        subprocess.run(
-            [sys.executable, "-m", "tests.helpers.forked", str(spec_file)],
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": PATH},
-            check=True,
-        )
+        for spec in self.specs:
+            run_together(spec)
         return self
 
     def ends(self, name):

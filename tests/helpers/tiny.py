@@ -4,7 +4,7 @@ import json
 import os
 import re
 import subprocess
-import sys
+import tempfile
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence
 
@@ -16,6 +16,7 @@ from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 
 import deltasam_fairseq
+from tests.helpers.processes import run_module
 
 USER_DIR = os.path.dirname(os.path.abspath(deltasam_fairseq.__file__))
 WORDS = 20
@@ -207,16 +208,21 @@ def train(
     env: Optional[Dict[str, str]] = None,
     cwd: Optional[Path] = None,
 ) -> "subprocess.CompletedProcess[str]":
-    """Run fairseq-train in a process of its own."""
-    command = [*(program or [sys.executable, "-m", "fairseq_cli.train"]), *map(str, argv)]
-    result = subprocess.run(
-        command,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        cwd=cwd,
-    )
+    """Run fairseq-train, or a whole command line in its place, in a process of its own."""
+    command = [*(program or ["fairseq_cli.train"]), *map(str, argv)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+    if program is None:
+        with tempfile.TemporaryDirectory() as folder:
+            result = run_module("fairseq_cli.train", argv, Path(folder), environment, cwd)
+    else:
+        result = subprocess.run(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            universal_newlines=True,
+            env=environment,
+            cwd=cwd,
+        )
     if check and result.returncode:
         raise AssertionError(f"{' '.join(command)}\n{result.stdout}")
     return result

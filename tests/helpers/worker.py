@@ -1,6 +1,6 @@
 """One rank of a process group that makes prescribed runs; writes what it saw.
 
-    python worker.py SPEC.json RANK
+    python -m tests.helpers.worker SPEC.json RANK
 
 The specification: ``world_size``, ``port`` and ``runs``, each with ``argv`` of fairseq-train,
 ``dtype``, ``out`` (prefix of the file that is written) and ``updates``: for each update, for each
@@ -9,7 +9,6 @@ rank does not have. With ``same_noise`` criterions draw noise that depends on th
 """
 
 import json
-import os
 import sys
 
 import torch
@@ -17,7 +16,7 @@ import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
 from deltasam_fairseq.optim import sharpness_aware
-from tests.helpers import same_noise, tiny
+from tests.helpers import fast_config, same_noise, tiny
 from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
 from tests.helpers.parameter_criterion import ParameterCriterion  # noqa: F401
 
@@ -90,6 +89,7 @@ def run(spec, rank, world_size, port, counts):
 def main():
     with open(sys.argv[1]) as f:
         spec = json.load(f)
+    fast_config.install()
     counts = []
     count_collectives(counts)
     if spec["runs"][0].get("same_noise"):
@@ -101,6 +101,4 @@ def main():
 if __name__ == "__main__":
     main()
     if dist.is_initialized():
-        dist.barrier()
-    sys.stdout.flush()
-    os._exit(0)  # a thread of gloo or of fairseq's data buffer may abort an orderly exit
+        dist.barrier()  # rank 0 holds the store
