@@ -13,10 +13,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 # What a folder may import of this package beside itself; anything else of it is forbidden.
 ALLOWED = {
     "algorithms": set(),
+    "options.py": set(),
     "fairseq_patches": set(),
-    "optim": {"algorithms"},
-    "criterions": {"algorithms", "checkpoints"},
-    "lr_schedulers": {"algorithms"},
+    "optim": {"algorithms", "options"},
+    "criterions": {"algorithms", "checkpoints", "options"},
+    "lr_schedulers": {"algorithms", "options"},
     "models": set(),
 }
 

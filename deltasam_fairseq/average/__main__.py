@@ -17,8 +17,9 @@ from typing import Optional, Sequence
 import torch
 from fairseq.file_io import PathManager
 
-from deltasam_fairseq.average.mean import UsageError, average
-from deltasam_fairseq.average.selection import selected
+from deltasam_fairseq.average.mean import average
+from deltasam_fairseq.average.selection import select_checkpoints
+from deltasam_fairseq.options import UsageError
 
 logger = logging.getLogger("deltasam_fairseq.average")
 
@@ -62,10 +63,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         folder = os.path.dirname(os.path.abspath(args.output))
         if not os.path.isdir(folder):
-            raise UsageError(f"--output {args.output}: there is no folder {folder}; make it first")
+            raise UsageError(
+                f"--output {args.output}: directory {folder} does not exist; create it first"
+            )
         if os.path.isdir(args.output):
             raise UsageError(f"--output {args.output}: is a folder; name a file in it")
-        paths = selected(args)
+        paths = select_checkpoints(args)
         state = average(paths, args.raw)
     except UsageError as e:
         parser.exit(2, f"average: {e}\n")

@@ -9,11 +9,8 @@ from torch import Tensor
 from deltasam_fairseq.algorithms import running_mean_
 from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
 from deltasam_fairseq.checkpoints.reading import read_safely
+from deltasam_fairseq.options import UsageError
 from deltasam_fairseq.trainer.checkpoint_state import RAW, WEIGHT_AVERAGE
-
-
-class UsageError(Exception):
-    """Something that the user can mend; the message says how."""
 
 
 def read(path: str) -> Dict[str, Any]:

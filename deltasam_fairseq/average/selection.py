@@ -9,7 +9,8 @@ from typing import Dict, List, Optional, Tuple
 
 from fairseq.file_io import PathManager
 
-from deltasam_fairseq.average.mean import UsageError, read
+from deltasam_fairseq.average.mean import read
+from deltasam_fairseq.options import UsageError, check_range
 
 logger = logging.getLogger("deltasam_fairseq.average")
 
@@ -60,7 +61,7 @@ def _best(folder: str, n: int) -> List[str]:
     for path in paths:
         metric, updates, maximize = _score(path)
         if math.isnan(metric):
-            logger.info(f"{path}: left out, saved without validation or with NaN as its metric")
+            logger.info(f"{path}: skipped, saved without validation or with NaN as its metric")
             continue
         ranked[updates] = (metric if maximize else -metric, metric, path)
     if paths and not ranked:
@@ -76,8 +77,8 @@ def _best(folder: str, n: int) -> List[str]:
     return [ranked[updates][2] for updates in sorted(chosen)]
 
 
-def selected(args: argparse.Namespace) -> List[str]:
-    """The files to average, the newest last.
+def select_checkpoints(args: argparse.Namespace) -> List[str]:
+    """Return the files to average, the newest last.
 
     Raises:
         UsageError: options that do not go together, or too few files.
@@ -100,8 +101,7 @@ def selected(args: argparse.Namespace) -> List[str]:
             raise UsageError(f"--up-to {args.up_to}: give --last-epochs or --last-updates with it")
         return list(args.inputs)
     ((option, n),) = given.items()
-    if n < 1:
-        raise UsageError(f"{option} {n}: must be at least 1")
+    check_range(option[2:], n, at_least=1)
     if len(args.inputs) > 1 or not os.path.isdir(folder):
         raise UsageError(f"{option} {n}: give one folder of checkpoints, not {args.inputs}")
     if option == "--best":

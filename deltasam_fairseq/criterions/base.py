@@ -23,7 +23,7 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.embeddings import unwrapped
-from deltasam_fairseq.criterions.options import check_options
+from deltasam_fairseq.options import check_options
 
 Weights = Callable[[], Dict[str, Tensor]]
 

@@ -23,11 +23,11 @@ from deltasam_fairseq.criterions.base import (
     plain_losses,
 )
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
 from deltasam_fairseq.criterions.task_losses import ClassObjective, Objective
 from deltasam_fairseq.criterions.teacher import Teacher, load_teacher
+from deltasam_fairseq.options import option
 
 _PREDICTIONS = "distill_predictions"  # number of them, sentences or tokens
 _SHARES = ("distill_teacher_accuracy", "distill_agreement")

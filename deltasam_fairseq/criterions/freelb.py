@@ -27,8 +27,8 @@ from deltasam_fairseq.criterions.base import (
     trainable,
 )
 from deltasam_fairseq.criterions.batch import Batch, SameMasks
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
+from deltasam_fairseq.options import option
 
 NORMS = ChoiceEnum(["l2", "linf"])
 

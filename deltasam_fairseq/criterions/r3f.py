@@ -17,9 +17,9 @@ from fairseq.dataclass import ChoiceEnum
 
 from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.batch import Batch, SameMasks
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
+from deltasam_fairseq.options import option
 
 NOISES = ChoiceEnum(["uniform", "normal"])
 

@@ -13,9 +13,9 @@ from fairseq.criterions import register_criterion
 
 from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion
+from deltasam_fairseq.options import option
 
 
 @dataclass

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from deltasam_fairseq.algorithms import project
 from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, Weights
 from deltasam_fairseq.criterions.batch import Batch, SameMasks
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
+from deltasam_fairseq.options import option
 
 
 @dataclass

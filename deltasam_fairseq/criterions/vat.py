@@ -18,8 +18,8 @@ from torch import Tensor
 from deltasam_fairseq.algorithms import multiplied_in, normalised, sentence_norm, unit_roundoff
 from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, plain_losses
 from deltasam_fairseq.criterions.batch import Batch, SameMasks
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
+from deltasam_fairseq.options import option
 
 
 @dataclass

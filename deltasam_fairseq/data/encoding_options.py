@@ -8,7 +8,7 @@ from typing import Any, Dict, Optional, Tuple
 
 from deltasam_fairseq.data.binarize import Encoding, tools
 from deltasam_fairseq.data.files import DataError, cached_path, sha256
-from deltasam_fairseq.data.programs import positive
+from deltasam_fairseq.options import ranged
 
 FAIRSEQ_URL = "https://dl.fbaipublicfiles.com/fairseq/gpt2_bpe"
 # GPT-2's own files: the checksums are those of OpenAI's.
@@ -35,7 +35,12 @@ def add_encoding_options(options: argparse.ArgumentParser) -> None:
     add("--gpt2-vocab-bpe", help="for --bpe gpt2 (default: fetched once)")
     add("--wordpiece-vocab", help="for --bpe wordpiece: BERT's vocab.txt")
     add("--wordpiece-cased", action="store_true", help="for --bpe wordpiece: keep case and accents")
-    add("--workers", type=positive(int), default=1, help="processes; any number gives the same")
+    add(
+        "--workers",
+        type=ranged(int, at_least=1),
+        default=1,
+        help="processes; any number gives the same",
+    )
 
 
 def encoding_of(args: argparse.Namespace) -> Tuple[Encoding, Dict[str, Any]]:

@@ -13,6 +13,7 @@ from fairseq import checkpoint_utils
 from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
 from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.data.splits import read_record, without_paths
+from deltasam_fairseq.options import ranged
 
 PACKAGE = "deltasam_fairseq."
 
@@ -36,19 +37,6 @@ def run_program(
     return 0
 
 
-def positive(kind: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Return a type for argparse: a number above 0."""
-
-    def convert(text: str) -> Any:
-        number = kind(text)
-        if not number > 0:
-            raise ValueError
-        return number
-
-    convert.__name__ = "number above 0"  # named in argparse's error
-    return convert
-
-
 def prediction_parser(module: str, description: str, items: str) -> argparse.ArgumentParser:
     """Return a parser with the options that every program that predicts has.
 
@@ -65,7 +53,12 @@ def prediction_parser(module: str, description: str, items: str) -> argparse.Arg
     add("--data", type=Path, required=True, help=f"folder made by {prepare}")
     add("--path", type=Path, nargs="+", required=True, help="fine-tuned checkpoints of that task")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--batch-size", type=positive(int), default=32, help=f"{items} at a time (default: 32)")
+    add(
+        "--batch-size",
+        type=ranged(int, at_least=1),
+        default=32,
+        help=f"{items} at a time (default: 32)",
+    )
     return parser
 
 

@@ -34,9 +34,10 @@ from typing import Dict, Optional, Sequence
 from deltasam_fairseq.data.binarize import processes
 from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of
 from deltasam_fairseq.data.files import DataError
-from deltasam_fairseq.data.programs import positive, run_program
+from deltasam_fairseq.data.programs import run_program
 from deltasam_fairseq.glue.tasks import GLUE, TASKS, Task, own_task
 from deltasam_fairseq.glue.write_splits import check_splits, splits_of, write_task
+from deltasam_fairseq.options import ranged
 
 
 def split_files(name: str) -> Dict[str, str]:
@@ -98,7 +99,7 @@ def parser() -> argparse.ArgumentParser:
     add(
         "--regression",
         nargs="?",
-        type=positive(float),
+        type=ranged(float, above=0),
         const=1.0,
         metavar="SCALE",
         help="your own task's labels are scores, to be divided by SCALE (default: 1)",

@@ -10,6 +10,7 @@ from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 from omegaconf import II
 
 from deltasam_fairseq.algorithms import STRATEGIES
+from deltasam_fairseq.options import check_options, option, require
 
 
 @dataclass
@@ -34,46 +35,46 @@ class SWAConfig(FairseqDataclass):
             "epoch); with --swa-cycle-length the end of every cycle"
         },
     )
-    swa_decay: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "exponential average with this decay, between 0 and 1, such as 0.999, in "
-            "place of the uniform mean (default), which it is for the first 1 / (1 - decay) weights"
-        },
+    swa_decay: Optional[float] = option(
+        None,
+        "exponential average with this decay, such as 0.999, instead of the uniform "
+        "mean (default), which it is for the first 1 / (1 - decay) weights",
+        remedy="such as 0.999; leave it out for the uniform mean",
+        above=0,
+        below=1,
     )
-    swa_lr: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "constant learning rate after --swa-start, above 0; with --swa-cycle-length "
-            "the lowest of a cycle. Default: the schedule goes on as it would without averaging. "
-            "Lu et al.: a high constant rate, such as that of the peak"
-        },
+    swa_lr: Optional[float] = option(
+        None,
+        "constant learning rate after --swa-start; with --swa-cycle-length "
+        "the lowest of a cycle. Default: the schedule goes on as it would without averaging. "
+        "Lu et al.: a high constant rate, such as that of the peak",
+        remedy="leave it out for that of the schedule",
+        above=0,
     )
-    swa_anneal: int = field(
-        default=0,
-        metadata={
-            "help": "updates in which the learning rate goes from the schedule's to --swa-lr, at "
-            "least 0, default 0 (at once)"
-        },
+    swa_anneal: int = option(
+        0,
+        "updates in which the learning rate goes from the schedule's to --swa-lr; 0: at once",
+        remedy="it is a number of updates",
+        at_least=0,
     )
     swa_anneal_strategy: ChoiceEnum(list(STRATEGIES)) = field(  # type: ignore[valid-type]
         default="cos",
         metadata={"help": "the way of --swa-anneal, as in torch's SWALR: cos (default) or linear"},
     )
-    swa_cycle_length: Optional[int] = field(
-        default=None,
-        metadata={
-            "help": "in place of a constant rate, cycles of this many updates, at least 1, in "
-            "which the rate falls from --swa-cycle-lr to --swa-lr; the weights at the end of "
-            "every cycle enter the average"
-        },
+    swa_cycle_length: Optional[int] = option(
+        None,
+        "instead of a constant rate, cycles of this many updates, in which "
+        " the rate falls from --swa-cycle-lr to --swa-lr; the weights at the end of "
+        "every cycle enter the average",
+        remedy="it is a number of updates; leave it out for a constant rate",
+        at_least=1,
     )
-    swa_cycle_lr: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "learning rate from which every cycle falls, at least --swa-lr. Default: the "
-            "schedule's at --swa-start"
-        },
+    swa_cycle_lr: Optional[float] = option(
+        None,
+        "learning rate from which every cycle falls, at least --swa-lr. Default: the "
+        "schedule's at --swa-start",
+        remedy="leave it out for that of the schedule",
+        above=0,
     )
     swa_device: ChoiceEnum(["model", "cpu"]) = field(  # type: ignore[valid-type]
         default="model",
@@ -105,16 +106,11 @@ class Start(NamedTuple):
         return f"the end of epoch {self.epochs}" if self.epochs else "the first update"
 
 
-def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"--{option.replace('_', '-')} {value}: {remedy}")
-
-
 def parse_start(cfg: Any) -> Start:
     """The start that ``--swa-start`` means in a run of this length.
 
     Raises:
-        ValueError: for text that is none, a share of an unknown length, a start beyond the end.
+        UsageError: for text that is none, a share of an unknown length, a start beyond the end.
     """
     text = str(cfg.swa_start).strip()
     max_update, max_epoch = int(cfg.max_update or 0), int(cfg.max_epoch or 0)
@@ -123,14 +119,14 @@ def parse_start(cfg: Any) -> Start:
     elif re.fullmatch(r"\d+ep", text):
         start = Start(epochs=int(text[:-2]))
     else:
-        _require(
+        require(
             re.fullmatch(r"0?\.\d+", text) is not None and float(text) > 0,
             "swa_start",
             text,
             "give a number of updates such as 1000, of epochs such as 2ep, or a share of training "
             "above 0 and below 1 such as 0.5",
         )
-        _require(
+        require(
             max_update > 0 or max_epoch > 0,
             "swa_start",
             text,
@@ -141,15 +137,15 @@ def parse_start(cfg: Any) -> Start:
             start = Start(updates=math.ceil(Fraction(text) * max_update))
         else:
             start = Start(epochs=math.floor(Fraction(text) * max_epoch))
-    for asked, end, option in (
+    for asked, end, limit in (
         (start.updates, max_update, "--max-update"),
         (start.epochs, max_epoch, "--max-epoch"),
     ):
-        _require(
+        require(
             asked is None or end <= 0 or asked <= end,
             "swa_start",
             text,
-            f"averaging would begin after the run has ended, {option} {end}; give an earlier "
+            f"averaging would begin after the run has ended, {limit} {end}; give an earlier "
             "start, such as 0.5",
         )
     return start
@@ -159,14 +155,14 @@ def parse_every(cfg: Any) -> Optional[int]:
     """Updates between two weights that enter the average; None for the end of every epoch.
 
     Raises:
-        ValueError: for text that is neither.
+        UsageError: for text that is neither.
     """
     if cfg.swa_every is None:
         return cfg.swa_cycle_length or 1
     text = str(cfg.swa_every).strip()
     if text == "epoch":
         return None
-    _require(
+    require(
         re.fullmatch(r"\d+", text) is not None and int(text) >= 1,
         "swa_every",
         text,
@@ -175,67 +171,43 @@ def parse_every(cfg: Any) -> Optional[int]:
     return int(text)
 
 
-def _require_rate(cfg: Any, option: str) -> None:
-    rate = getattr(cfg, option)
-    _require(
-        rate is None or (math.isfinite(rate) and rate > 0),
-        option,
-        rate,
-        "must be finite and above 0; leave it out for that of the schedule",
-    )
-
-
 def check_swa_config(cfg: Any) -> None:
     """Check the values of a `SWAConfig`, resolved (dataclass or DictConfig).
 
     Raises:
-        ValueError: naming the option, its value, what is allowed and what to do.
+        UsageError: naming the option, its value, what is allowed and what to do.
     """
     parse_start(cfg)
     parse_every(cfg)
-    _require_rate(cfg, "swa_lr")
-    _require_rate(cfg, "swa_cycle_lr")
-    decay, anneal, length = cfg.swa_decay, cfg.swa_anneal, cfg.swa_cycle_length
-    _require(
-        decay is None or 0 < decay < 1,
-        "swa_decay",
-        decay,
-        "must be above 0 and below 1, such as 0.999; leave it out for the uniform mean",
-    )
-    _require(anneal >= 0, "swa_anneal", anneal, "must be at least 0, a number of updates")
-    _require(
+    check_options(cfg, SWAConfig)
+    anneal, length = cfg.swa_anneal, cfg.swa_cycle_length
+    require(
         not anneal or (cfg.swa_lr is not None and length is None),
         "swa_anneal",
         anneal,
         "has a meaning only on the way to a constant --swa-lr; "
         + ("leave it or --swa-cycle-length out" if length is not None else "give --swa-lr too"),
     )
-    _require(
-        length is None or length >= 1,
-        "swa_cycle_length",
-        length,
-        "must be at least 1, a number of updates; leave it out for a constant rate",
-    )
-    _require(
+    require(
         length is None or cfg.swa_lr is not None,
         "swa_cycle_length",
         length,
         "needs --swa-lr, the rate at the end of a cycle",
     )
-    _require(
+    require(
         length is None or cfg.swa_every is None,
         "swa_every",
         cfg.swa_every,
         "with --swa-cycle-length the weights at the end of every cycle are averaged; leave "
         "--swa-every out",
     )
-    _require(
+    require(
         cfg.swa_cycle_lr is None or length is not None,
         "swa_cycle_lr",
         cfg.swa_cycle_lr,
         "has a meaning only with --swa-cycle-length; give it too",
     )
-    _require(
+    require(
         cfg.swa_cycle_lr is None or cfg.swa_cycle_lr >= cfg.swa_lr,
         "swa_cycle_lr",
         cfg.swa_cycle_lr,

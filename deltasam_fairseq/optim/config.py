@@ -1,11 +1,12 @@
 """Options of SAM and delta-SAM, as fairseq dataclasses that check themselves."""
 
-import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Optional
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
+
+from deltasam_fairseq.options import UsageError, check_options, option, require
 
 DEFAULT_ETA = 0.01
 SCOPES = ChoiceEnum(["global", "rank"])
@@ -15,14 +16,14 @@ SCOPES = ChoiceEnum(["global", "rank"])
 class SAMConfig(FairseqDataclass):
     """What every sharpness-aware optimizer asks for beside its base optimizer's options."""
 
-    sam_rho: float = field(
-        default=0.05,
-        metadata={
-            "help": "radius of the SAM perturbation, L2 norm in weight space, at least 0 "
-            "(0: the base optimizer itself), default 0.05. delta-SAM paper, GLUE: 0.02 for "
-            "RoBERTa large (SST-2 0.05, STS-B 0.01), 0.05 for BERT base (STS-B 0.01), searched in "
-            "{0.01, 0.02, 0.05}; with --sam-adaptive about ten times that and more (0.5 to 2)"
-        },
+    sam_rho: float = option(
+        0.05,
+        "radius of the SAM perturbation, L2 norm in weight space; 0: the base "
+        "optimizer itself. delta-SAM paper, GLUE: 0.02 for "
+        "RoBERTa large (SST-2 0.05, STS-B 0.01), 0.05 for BERT base (STS-B 0.01), searched in "
+        "{0.01, 0.02, 0.05}; with --sam-adaptive about ten times that and more (0.5 to 2)",
+        remedy="0.02 to 0.05 suits most fine-tuning",
+        at_least=0,
     )
     sam_adaptive: bool = field(
         default=False,
@@ -31,19 +32,18 @@ class SAMConfig(FairseqDataclass):
             "size, rho T^2 g / ||T g|| with T = |w| + eta"
         },
     )
-    sam_eta: float = field(
-        default=DEFAULT_ETA,
-        metadata={
-            "help": "eta of --sam-adaptive, added to |w| so that weights at zero can move; "
-            "unit of a weight, at least 0, default 0.01 as in the paper"
-        },
+    sam_eta: float = option(
+        DEFAULT_ETA,
+        "eta of --sam-adaptive, added to |w| so that weights at zero can move; "
+        "unit of a weight. Paper: 0.01",
+        remedy=f"the paper uses {DEFAULT_ETA}",
+        at_least=0,
     )
-    sam_start_update: int = field(
-        default=0,
-        metadata={
-            "help": "number of updates that the base optimizer makes alone before the "
-            "perturbation begins, at least 0, default 0"
-        },
+    sam_start_update: int = option(
+        0,
+        "number of updates that the base optimizer makes alone before the perturbation begins",
+        remedy="it is a number of updates",
+        at_least=0,
     )
     sam_scope: SCOPES = field(  # type: ignore[valid-type]
         default="global",
@@ -53,20 +53,21 @@ class SAMConfig(FairseqDataclass):
             "without communication in the ascent. The same with one process"
         },
     )
-    sam_ascent_fraction: float = field(
-        default=1.0,
-        metadata={
-            "help": "share of the sentences of every micro-batch that the ascent's gradient is "
-            "computed from, above 0, at most 1 (default: all; Bahri et al. 2021: 0.25). SAM draws "
-            "them at random, delta-SAM keeps the most unguarded ones"
-        },
+    sam_ascent_fraction: float = option(
+        1.0,
+        "share of the sentences of every micro-batch that the ascent's gradient is "
+        "computed from; Bahri et al. 2021: 0.25. SAM draws "
+        "them at random, delta-SAM keeps the most unguarded ones",
+        remedy="it is a share of the batch; 0.25 is Bahri et al.'s",
+        above=0,
+        at_most=1,
     )
-    sam_every: int = field(
-        default=1,
-        metadata={
-            "help": "only every so many updates, counted from --sam-start-update, are perturbed; "
-            "the others are the base optimizer's; at least 1, default 1"
-        },
+    sam_every: int = option(
+        1,
+        "only every so many updates, counted from --sam-start-update, are perturbed; "
+        "the others are the base optimizer's",
+        remedy="1 perturbs every update",
+        at_least=1,
     )
     sam_only: Optional[str] = field(
         default=None,
@@ -82,40 +83,35 @@ class SAMConfig(FairseqDataclass):
 class DeltaSAMConfig(SAMConfig):
     """What delta-SAM asks for beside SAM's options."""
 
-    delta_sam_beta: float = field(
-        default=3.0,
-        metadata={
-            "help": "strength of delta-SAM's reweighting of sentences in the ascent, at least 0 "
-            "(0: plain SAM), default 3. Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, "
-            "STS-B 10, CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
-            "searched in {3, 5, 10, 20, 50, 70}"
-        },
+    delta_sam_beta: float = option(
+        3.0,
+        "strength of delta-SAM's reweighting of sentences in the ascent; 0: plain SAM. "
+        "Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, "
+        "STS-B 10, CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
+        "searched in {3, 5, 10, 20, 50, 70}",
+        remedy="3 is the paper's most common value",
+        at_least=0,
     )
-    delta_sam_probe_radius: Optional[float] = field(
-        default=None,
-        metadata={
-            "help": "radius of delta-SAM's random probe, L2 norm in weight space, above 0. "
-            "Default: rho in float32; in half precision 0.35 times the cube root of the unit "
-            "roundoff times the norm of the weights, because a probe of radius rho would be "
-            "rounded away (the weights of the sentences do not depend on it)"
-        },
+    delta_sam_probe_radius: Optional[float] = option(
+        None,
+        "radius of delta-SAM's random probe, L2 norm in weight space. "
+        "Default: rho in float32; in half precision 0.35 times the cube root of the unit "
+        "roundoff times the norm of the weights, because a probe of radius rho would be "
+        "rounded away (the weights of the sentences do not depend on it)",
+        remedy="leave it out for the rule",
+        above=0,
     )
-
-
-def _require(condition: bool, option: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise ValueError(f"--{option.replace('_', '-')} {value}: {remedy}")
 
 
 def _check_pattern(pattern: Optional[str]) -> None:
     if pattern is None:
         return
     example = "layer_norm perturbs all layer normalisations"
-    _require(bool(pattern), "sam_only", "''", f"is empty; leave it out to perturb all; {example}")
+    require(bool(pattern), "sam_only", "''", f"is empty; leave it out to perturb all; {example}")
     try:
         re.compile(pattern)
     except re.error as e:
-        raise ValueError(
+        raise UsageError(
             f"--sam-only {pattern}: is no regular expression ({e}); put \\ before a character that "
             f"is meant as it is; {example}"
         ) from e
@@ -125,35 +121,11 @@ def check_optimizer_config(cfg: Any) -> None:
     """Check the values of a `SAMConfig` or `DeltaSAMConfig` (dataclass, DictConfig, Namespace).
 
     Raises:
-        ValueError: naming the option, its value, what is allowed and what to do.
+        UsageError: naming the option, its value, what is allowed and what to do.
     """
-    for option, help_ in (
-        ("sam_rho", "must be finite and at least 0; 0.02 to 0.05 suits most fine-tuning"),
-        ("sam_eta", f"must be finite and at least 0; the paper uses {DEFAULT_ETA}"),
-        ("delta_sam_beta", "must be finite and at least 0; 3 is the paper's most common value"),
-    ):
-        value = getattr(cfg, option, 0.0)
-        valid = value is not None and math.isfinite(value) and value >= 0
-        _require(valid, option, value, help_)
-    radius = getattr(cfg, "delta_sam_probe_radius", None)
-    _require(
-        radius is None or (math.isfinite(radius) and radius > 0),
-        "delta_sam_probe_radius",
-        radius,
-        "must be finite and above 0; leave it out for the rule",
-    )
-    start = cfg.sam_start_update
-    _require(start >= 0, "sam_start_update", start, "must be at least 0, a number of updates")
-    fraction, every = cfg.sam_ascent_fraction, cfg.sam_every
-    _require(
-        0 < fraction <= 1,
-        "sam_ascent_fraction",
-        fraction,
-        "must be above 0 and at most 1, a share of the batch; 0.25 is Bahri et al.'s",
-    )
-    _require(every >= 1, "sam_every", every, "must be at least 1; 1 perturbs every update")
+    check_options(cfg, DeltaSAMConfig)
     _check_pattern(cfg.sam_only)
-    _require(
+    require(
         cfg.sam_adaptive or cfg.sam_eta == DEFAULT_ETA,
         "sam_eta",
         cfg.sam_eta,

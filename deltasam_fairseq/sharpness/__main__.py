@@ -23,8 +23,9 @@ from fairseq import checkpoint_utils, utils
 from fairseq.logging import progress_bar
 
 from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.options import UsageError, require
 from deltasam_fairseq.sharpness.landscapes import Batch, ModelLandscapes, Sample, measure
-from deltasam_fairseq.sharpness.options import UsageError, check, get_parser, require
+from deltasam_fairseq.sharpness.options import check, get_parser
 from deltasam_fairseq.sharpness.report import Report, as_dict, as_table, plot
 
 logger = logging.getLogger("deltasam_fairseq.sharpness")

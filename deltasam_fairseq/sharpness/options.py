@@ -1,16 +1,22 @@
-"""Options of ``python -m deltasam_fairseq.sharpness``, and what can be checked at once."""
+"""Options of ``python -m deltasam_fairseq.sharpness``, and the checks that need no model."""
 
 import argparse
-import math
 import os
-from typing import Any
 
 from fairseq import utils
 from fairseq.file_io import PathManager
 
+from deltasam_fairseq.options import UsageError, check_range, require
 
-class UsageError(ValueError):
-    """What the user asked for cannot be done; the message says what to change."""
+# Smallest values.
+_LEAST = {
+    "batch_size": 1,
+    "max_tokens": 1,
+    "max_batches": 1,
+    "log_interval": 1,
+    "plot_points": 2,
+    "plot_directions": 0,
+}
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -73,7 +79,7 @@ def get_parser() -> argparse.ArgumentParser:
     add(
         "--skip-invalid-size-inputs-valid-test",
         action="store_true",
-        help="leave out sentences that are too long for the model",
+        help="drop sentences that are too long for the model",
     )
 
     group = parser.add_argument_group("output")
@@ -121,11 +127,6 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def require(condition: bool, option: str, value: Any, remedy: str) -> None:
-    if not condition:
-        raise UsageError(f"--{option} {value}: {remedy}")
-
-
 def check(args: argparse.Namespace) -> None:
     """Check everything that can be checked before a model is loaded.
 
@@ -133,46 +134,18 @@ def check(args: argparse.Namespace) -> None:
         UsageError: naming the option, its value, what is allowed and what to do.
     """
     for rho in args.sam_rho_list:
-        require(
-            math.isfinite(rho) and rho > 0,
-            "sam-rho-list",
-            f"{rho:g}",
-            "must be finite and above 0, such as 0.01 0.02 0.05",
-        )
-    beta = args.delta_sam_beta
-    require(
-        math.isfinite(beta) and beta >= 0,
-        "delta-sam-beta",
-        f"{beta:g}",
-        "must be finite and at least 0, such as 3",
-    )
-    for option, least in (
-        ("batch_size", 1),
-        ("max_tokens", 1),
-        ("max_batches", 1),
-        ("log_interval", 1),
-        ("plot_points", 2),
-        ("plot_directions", 0),
-    ):
-        value = getattr(args, option)
-        require(
-            value is None or value >= least,
-            option.replace("_", "-"),
-            value,
-            f"must be at least {least}",
-        )
+        check_range("sam-rho-list", rho, "such as 0.01 0.02 0.05", above=0)
+    check_range("delta-sam-beta", args.delta_sam_beta, "such as 3", at_least=0)
+    for option, least in _LEAST.items():
+        if getattr(args, option) is not None:
+            check_range(option, getattr(args, option), at_least=least)
+    if args.plot_radius is not None:
+        check_range("plot-radius", args.plot_radius, "such as 0.1", above=0)
     if args.batch_size is None and args.max_tokens is None:
         raise UsageError(
             "--batch-size is missing: give the batch size of training (or --max-tokens), for "
             "per-batch and reweighted sharpness depend on it"
         )
-    radius = args.plot_radius
-    require(
-        radius is None or (math.isfinite(radius) and radius > 0),
-        "plot-radius",
-        radius,
-        "must be finite and above 0, such as 0.1",
-    )
     require(
         PathManager.isfile(args.path),
         "path",
@@ -188,7 +161,7 @@ def check(args: argparse.Namespace) -> None:
             os.path.isdir(folder),
             option,
             getattr(args, option),
-            f"there is no folder {folder}; make it first",
+            f"directory {folder} does not exist; create it first",
         )
     if args.plot:
         require(

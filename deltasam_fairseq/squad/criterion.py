@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLosses
 from deltasam_fairseq.criterions.batch import Batch
-from deltasam_fairseq.criterions.options import option
 from deltasam_fairseq.criterions.plain import NoRegulariser
+from deltasam_fairseq.options import option
 from deltasam_fairseq.squad.metrics import score_answer
 from deltasam_fairseq.squad.predictions import (
     WindowPrediction,

@@ -25,10 +25,10 @@ from fairseq import utils
 from deltasam_fairseq.data.files import DataError, atomic_write
 from deltasam_fairseq.data.programs import (
     load_and_check,
-    positive,
     prediction_parser,
     run_program,
 )
+from deltasam_fairseq.options import ranged
 from deltasam_fairseq.squad.metrics import score_answer
 from deltasam_fairseq.squad.questions import TASK, read_span_record
 from deltasam_fairseq.squad.spans import Candidate
@@ -103,7 +103,11 @@ def parser() -> argparse.ArgumentParser:
     options = prediction_parser("squad.predict", __doc__, "windows")
     add = options.add_argument
     add("--split", default="valid", help="of the data: valid, test, ... (default: valid)")
-    add("--max-answer-length", type=positive(int), help="in tokens (default: as in training)")
+    add(
+        "--max-answer-length",
+        type=ranged(int, at_least=1),
+        help="in tokens (default: as in training)",
+    )
     add("--null-threshold", type=threshold, help="odds of 'no answer' (default: as in training)")
     return options
 

@@ -24,7 +24,8 @@ from typing import Optional, Sequence
 from deltasam_fairseq.data.binarize import processes
 from deltasam_fairseq.data.encoding_options import add_encoding_options, encoding_of
 from deltasam_fairseq.data.files import DataError
-from deltasam_fairseq.data.programs import positive, run_program
+from deltasam_fairseq.data.programs import run_program
+from deltasam_fairseq.options import ranged
 from deltasam_fairseq.squad.windows import Layout
 from deltasam_fairseq.squad.write_splits import split_of, write_splits
 
@@ -65,10 +66,10 @@ def parser() -> argparse.ArgumentParser:
     add("--valid", type=Path, metavar="JSON", help="file to validate on: SQuAD's dev file")
     add("--test", type=Path, metavar="JSON", help="file to predict, with answers or without")
     add("--out", type=Path, required=True, help="folder to write")
-    number = positive(int)
-    add("--max-seq-length", type=number, default=384, help="tokens of a window (default: 384)")
-    add("--doc-stride", type=number, default=128, help="tokens between windows (default: 128)")
-    add("--max-query-length", type=number, default=64, help="tokens of a question (default: 64)")
+    positive = ranged(int, at_least=1)
+    add("--max-seq-length", type=positive, default=384, help="tokens of a window (default: 384)")
+    add("--doc-stride", type=positive, default=128, help="tokens between windows (default: 128)")
+    add("--max-query-length", type=positive, default=64, help="tokens of a question (default: 64)")
     add(
         "--separators",
         type=int,

@@ -22,6 +22,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from deltasam_fairseq.options import ranged
 from examples.common.runner import (
     Stage,
     exit_code,
@@ -60,13 +61,6 @@ def names(folder: Path) -> List[str]:
     return sorted(p.stem for p in folder.iterdir())
 
 
-def positive(text: str) -> int:
-    """Return a number above 0."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
 def common_options(description: str) -> argparse.ArgumentParser:
     """Return the options of this program and of search.py."""
     options = argparse.ArgumentParser(
@@ -90,8 +84,13 @@ def common_options(description: str) -> argparse.ArgumentParser:
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
     add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of glue.prepare")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
-    add("--jobs", type=positive, help="runs at a time (default: one a GPU, or one)")
-    add("--cores", type=positive, default=2, help="CPU threads of each run (default: 2)")
+    add("--jobs", type=ranged(int, at_least=1), help="runs at a time (default: one a GPU, or one)")
+    add(
+        "--cores",
+        type=ranged(int, at_least=1),
+        default=2,
+        help="CPU threads of each run (default: 2)",
+    )
     add("--out", type=Path, required=True, help="folder of the results")
     return options
 

@@ -8,23 +8,10 @@ from typing import Optional
 
 import torch
 
+from deltasam_fairseq.options import ranged
 from scripts.benchmark.methods import DAVDA54, OURS, PEERS, PRECISIONS, SHAPES
 
 DEFAULT = ("Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *PEERS)
-
-
-def positive(text: str) -> int:
-    """Return a number above 0."""
-    if int(text) < 1:
-        raise ValueError(text)
-    return int(text)
-
-
-def not_negative(text: str) -> int:
-    """Return a number of 0 or above."""
-    if int(text) < 0:
-        raise ValueError(text)
-    return int(text)
 
 
 def parser(description: Optional[str]) -> argparse.ArgumentParser:
@@ -33,6 +20,7 @@ def parser(description: Optional[str]) -> argparse.ArgumentParser:
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = options.add_argument
+    positive = ranged(int, at_least=1)
     gpu = torch.cuda.is_available()
     add("--shape", choices=list(SHAPES), default="base" if gpu else "small", help="of RoBERTa")
     add("--batch-size", type=positive, default=16, help="sentences of a micro-batch (default: 16)")
@@ -47,7 +35,7 @@ def parser(description: Optional[str]) -> argparse.ArgumentParser:
     add("--rounds", type=positive, default=10, help="updates of each method (default: 10)")
     add(
         "--phase-rounds",
-        type=not_negative,
+        type=ranged(int, at_least=0),
         default=3,
         help="updates for the phases, 0: none (default: 3)",
     )

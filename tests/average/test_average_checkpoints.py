@@ -10,7 +10,8 @@ import torch
 from fairseq import checkpoint_utils
 
 from deltasam_fairseq.average.__main__ import main
-from deltasam_fairseq.average.mean import UsageError, average
+from deltasam_fairseq.average.mean import average
+from deltasam_fairseq.options import UsageError
 from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.helpers import runs, tiny
 
@@ -116,8 +117,8 @@ def test_the_best_of_those_with_a_metric(tmp_path, capsys, caplog, absent):
     scored(tmp_path / "run", [2.0, absent, 1.0, 3.0, absent])
     call(capsys, tmp_path / "run", "--best", "2", "--output", tmp_path / "out.pt")
     assert model(tmp_path / "out.pt")["w"].tolist() == [2]
-    left_out = [m for m in caplog.messages if "left out" in m]
-    assert len(left_out) == 2 and "checkpoint2.pt" in left_out[0]
+    skipped = [m for m in caplog.messages if "skipped" in m]
+    assert len(skipped) == 2 and "checkpoint2.pt" in skipped[0]
     options = ["--best", "4", "--output", tmp_path / "out.pt"]
     assert "--best 4" in call(capsys, tmp_path / "run", *options, code=2)
 

@@ -36,6 +36,7 @@ def test_help_shows_the_options(capsys, argv, shown, hidden):
 
 def test_help_says_range_default_and_the_papers_values(capsys):
     text = " ".join(help_of(capsys, "--optimizer", "delta_sam_adam").split())
-    for words in ("default 0.05", "0.02 for RoBERTa large", "default 3", "{3, 5, 10, 20, 50, 70}"):
-        assert words in text
+    words = ("(default: 0.05)", "0.02 for RoBERTa large", "(default: 3)", "{3, 5, 10, 20, 50, 70}")
+    for part in words:
+        assert part in text
     assert text.count("at least 0") >= 4

@@ -28,9 +28,10 @@ from deltasam_fairseq.algorithms.sharpness import (
     per_instance_rises,
     sam_direction,
 )
+from deltasam_fairseq.options import UsageError
 from deltasam_fairseq.sharpness import ModelLandscapes, __main__, measure
 from deltasam_fairseq.sharpness.landscapes import Batch
-from deltasam_fairseq.sharpness.options import UsageError, get_parser
+from deltasam_fairseq.sharpness.options import get_parser
 from tests.helpers import tiny
 
 
@@ -403,16 +404,16 @@ def test_criterion_without_per_sentence_losses_is_told(
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--sam-rho-list", "0.01", "0"], "--sam-rho-list 0: must be finite and above 0"),
+        (["--sam-rho-list", "0.01", "0"], "--sam-rho-list 0.0: must be finite and above 0"),
         (["--sam-rho-list", "-0.1"], "--sam-rho-list -0.1: must be finite and above 0"),
         (["--sam-rho-list", "nan"], "--sam-rho-list nan: must be"),
-        (["--delta-sam-beta", "-1"], "--delta-sam-beta -1: must be finite and at least 0"),
+        (["--delta-sam-beta", "-1"], "--delta-sam-beta -1.0: must be finite and at least 0"),
         (["--batch-size", "0"], "--batch-size 0: must be at least 1"),
         (["--max-batches", "0"], "--max-batches 0: must be at least 1"),
         (["--path", "nowhere.pt"], "--path nowhere.pt: is not a file; give the path"),
         (["--path", __file__], "--path: .*(test_sharpness.py) (was not loaded|could not be read)"),
         (["--valid-subset", "vlid"], "--valid-subset vlid: not found.*there are train, valid"),
-        (["--json", "nowhere/s.json"], "--json nowhere/s.json: there is no folder"),
+        (["--json", "nowhere/s.json"], "--json nowhere/s.json: directory .*nowhere does not exist"),
         (["--plot", "s.doc"], "--plot s.doc: the name must end in .png"),
         (["--plot", "s.png", "--plot-radius", "-1"], "--plot-radius -1.0: must be finite"),
         (["--model-overrides", "1 +"], r"--model-overrides 1 \+: must be a Python dict"),

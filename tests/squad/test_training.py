@@ -201,7 +201,7 @@ def test_through_hydra(span_prediction, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--max-answer-length", "0"], "--max-answer-length 0: must be finite, at least 1"),
+        (["--max-answer-length", "0"], "--max-answer-length 0: must be at least 1"),
         (["--task", "masked_lm"], "--task masked_lm: use --task span_prediction"),
         (["--max-positions", "8"], "--max-positions 8.*--max-seq-length 8"),
         (["--criterion", "plain"], "use --task sentence_prediction"),
