@@ -1,17 +1,19 @@
 """Checks of a run's configuration, made before any data is loaded."""
 
 import logging
+import os
 from typing import Any, Optional, Tuple
 
 import numpy as np
 from fairseq.criterions import CRITERION_REGISTRY
-from fairseq.data import data_utils
+from fairseq.data import Dictionary, data_utils
 from fairseq.file_io import PathManager
 from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 
 from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
+from deltasam_fairseq.criterions.sentence import check_number_of_classes
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
 from deltasam_fairseq.optim.config import check_optimizer_config
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
@@ -114,6 +116,26 @@ def _check_criterion(cfg: Any) -> None:
         )
 
 
+def _check_labels(cfg: Any) -> None:
+    """Check the options of sentence_prediction against the labels of the data, if there are any.
+
+    fairseq alone ends in IndexError in the first update, or in FileNotFoundError.
+    """
+    if _name(cfg.task) != "sentence_prediction" or not cfg.task.data:
+        return
+    if getattr(cfg.criterion, "regression_target", False):
+        return
+    folder = os.path.join(cfg.task.data, "label")
+    dictionary = os.path.join(folder, "dict.txt")
+    if os.path.isfile(dictionary):
+        check_number_of_classes(Dictionary.load(dictionary), cfg.task.num_classes)
+    elif os.path.isdir(folder) and any(name.endswith(".label") for name in os.listdir(folder)):
+        raise ValueError(
+            f"--regression-target is missing: {folder} has numbers (*.label) and no classes "
+            "(dict.txt); give --regression-target and --num-classes 1"
+        )
+
+
 def _check_averaging(cfg: Any) -> None:
     """Options of weight averaging, which needs the same weights on every rank."""
     name = _name(cfg.lr_scheduler)
@@ -188,6 +210,7 @@ def check_config(cfg: Any) -> None:
     """
     check_restore_file(cfg.checkpoint)
     _check_criterion(cfg)
+    _check_labels(cfg)
     _check_averaging(cfg)
     optimizer = _name(cfg.optimizer)
     cls = OPTIMIZER_REGISTRY.get(optimizer)

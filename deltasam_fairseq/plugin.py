@@ -13,6 +13,7 @@ from deltasam_fairseq.fairseq_patches import (
     fault_tolerance,
     fp16_on_cpu,
     fused_layers,
+    removed_numpy_names,
 )
 from deltasam_fairseq.fairseq_patches.patching import patch
 from deltasam_fairseq.lr_schedulers import register_swa_schedulers
@@ -61,6 +62,7 @@ def install() -> None:
         fault_tolerance,
         fp16_on_cpu,
         fused_layers,
+        removed_numpy_names,
     ):
         part.install()
     for program in _training_programs():

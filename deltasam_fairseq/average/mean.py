@@ -1,5 +1,6 @@
 """The mean of checkpoints."""
 
+import logging
 from typing import Any, Dict, List, Sequence
 
 import torch
@@ -11,6 +12,11 @@ from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefus
 from deltasam_fairseq.checkpoints.reading import read_safely
 from deltasam_fairseq.options import UsageError
 from deltasam_fairseq.trainer.checkpoint_state import RAW, WEIGHT_AVERAGE
+
+logger = logging.getLogger("deltasam_fairseq.average")
+
+# Keys of fairseq's extra state: weights of one checkpoint, averaged while it was trained.
+_OF_THE_LAST = ("ema", "ema_fp32_params")
 
 
 def read(path: str) -> Dict[str, Any]:
@@ -119,7 +125,8 @@ class Averager:
 
 
 def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
-    """Mean of checkpoints: what is not weights is that of the last, without optimizer state.
+    """Mean of checkpoints: what is not weights is that of the last, without optimizer state
+    and without the average of --store-ema.
 
     Args:
         paths: at least one checkpoint, the newest last.
@@ -136,4 +143,7 @@ def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
     for owner, averager in averagers.items():
         state[owner] = averager.result()
     state.get("extra_state", {}).pop(WEIGHT_AVERAGE, None)
+    for key in [key for key in _OF_THE_LAST if key in state.get("extra_state", {})]:
+        del state["extra_state"][key]
+        logger.info(f"{key} of --store-ema is dropped: it belongs to {paths[-1]}, not to the mean")
     return state

@@ -1,6 +1,7 @@
 """GLUE's metrics over all predictions of a validation: Matthews, F1, Pearson, Spearman."""
 
 import warnings
+from functools import partial
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
@@ -60,9 +61,9 @@ def matthews(predicted: Any, target: Any) -> float:
     return matthews_corrcoef(target, predicted)
 
 
-def f1(predicted: Any, target: Any) -> float:
-    """F1 of the positive of two classes; with more classes the mean over classes."""
-    average = "binary" if max(*predicted, *target) < 2 else "macro"
+def f1(predicted: Any, target: Any, classes: int = 2) -> float:
+    """F1 of the positive of two classes; of a task of more, the mean over the classes present."""
+    average = "binary" if classes <= 2 else "macro"
     return f1_score(target, predicted, average=average, zero_division=0)
 
 
@@ -104,20 +105,30 @@ REPORTS: Dict[str, Dict[str, Callable[..., float]]] = {
 }
 
 
+def _reports(option: str, classes: int) -> Dict[str, Callable[..., float]]:
+    """Return the metrics of an option for a task of so many classes."""
+    if option != "report_acc_and_f1":
+        return REPORTS[option]
+    f1_of_task = partial(f1, classes=classes)
+    return {"acc_and_f1": _mean(accuracy, f1_of_task), "f1": f1_of_task}
+
+
 def log_reports(logging_outputs: Sequence[Dict[str, Any]]) -> None:
     """Log the metrics that the logging outputs ask for, in percent.
 
     Args:
-        logging_outputs: with ``pred`` and ``targ``, lists of numbers, and a key of `REPORTS`.
+        logging_outputs: with ``pred`` and ``targ``, lists of numbers, a key of `REPORTS`, and the
+            task's number of classes as ``classes`` (default: 2).
     """
     predicted = [x for log in logging_outputs for x in log.get("pred", ())]
     target = [x for log in logging_outputs for x in log.get("targ", ())]
     if not predicted:
         return
     gather(Predictions, _METER, predicted, target)
-    for option, reports in REPORTS.items():
+    classes = max(log.get("classes", 2) for log in logging_outputs)
+    for option in REPORTS:
         if any(option in log for log in logging_outputs):
-            for name, function in reports.items():
+            for name, function in _reports(option, classes).items():
                 metrics.log_derived(name, _derived(function))
 
 

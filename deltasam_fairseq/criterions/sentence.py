@@ -13,6 +13,7 @@ from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLo
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.glue_metrics import REPORTS, class_ranks, log_reports
 from deltasam_fairseq.criterions.task_losses import Classification, Regression
+from deltasam_fairseq.options import require
 
 # What fairseq adds to a dictionary of labels.
 _NO_LABELS = ("<mask>", "madeupword")
@@ -43,6 +44,22 @@ class SentenceConfig(FairseqDataclass):
     )
 
 
+def check_number_of_classes(labels: Any, classes: int) -> None:
+    """Check --num-classes against fairseq's dictionary of labels.
+
+    Raises:
+        UsageError: naming both numbers, the labels, and the remedy.
+    """
+    known = [s for s in labels.symbols[labels.nspecial :] if not s.startswith(_NO_LABELS)]
+    require(
+        classes >= len(known),
+        "num-classes",
+        classes,
+        f"the data has {len(known)} labels ({', '.join(known[:9])}); give --num-classes "
+        f"{len(known)}, or --regression-target if they are numbers",
+    )
+
+
 def _check_task(task: Any, regression: bool) -> None:
     """Refuse what would fail in the first forward only, after the data is loaded.
 
@@ -55,13 +72,8 @@ def _check_task(task: Any, regression: bool) -> None:
             f"{type(task).__name__}: this criterion needs sentences with one label each; use "
             "--task sentence_prediction"
         )
-    known = [s for s in labels.symbols[labels.nspecial :] if not s.startswith(_NO_LABELS)]
-    classes = task.cfg.num_classes
-    if not regression and classes < len(known):
-        raise ValueError(
-            f"--num-classes {classes}: the data has {len(known)} labels ({', '.join(known[:9])}); "
-            f"give --num-classes {len(known)}, or --regression-target if they are numbers"
-        )
+    if not regression:
+        check_number_of_classes(labels, task.cfg.num_classes)
 
 
 class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
@@ -129,6 +141,7 @@ class SentenceCriterion(RegularisedCriterion, FairseqCriterion):
             log["ncorrect"] = (predicted == targets).sum()
         if self.reports and not model.training:
             log.update(dict.fromkeys(self.reports, True))
+            log["classes"] = 2 if self.regression_target else len(self.ranks)
             for key, values in (("pred", predicted.tolist()), ("targ", targets.tolist())):
                 log[key] = values if self.regression_target else [self.ranks[i] for i in values]
         return sample_size, log

@@ -291,3 +291,15 @@ def test_as_a_program(folder, tmp_path):
     )
     assert result.returncode == 0, result.stdout
     assert "average of 2 checkpoints" in result.stdout and out.is_file()
+
+
+def test_the_last_files_ema_is_dropped(classification, tmp_path, caplog):
+    """It is an average of one file's weights, and would be taken for that of the mean."""
+    ema = ["--store-ema", "--ema-decay", "0.5", "--save-interval-updates", "2"]
+    runs.train(classification, tmp_path, *ema, "--max-update", "4")
+    last = tmp_path / "checkpoint_last.pt"
+    assert "ema" in runs.load(last)["extra_state"]
+    with caplog.at_level("INFO"):
+        mean = average([str(last), str(last)])
+    assert "ema" not in mean["extra_state"]
+    assert any("ema of --store-ema is dropped" in message for message in caplog.messages)

@@ -153,3 +153,19 @@ def test_in_a_process_of_its_own(classification, tmp_path):
     assert "error: --sam-rho -1.0: must be finite and at least 0" in result.stdout
     assert "Traceback" not in result.stdout and "Loaded train" not in result.stdout
     assert not (tmp_path / "run").exists()
+
+
+def test_fewer_classes_than_labels(classification, tmp_path, monkeypatch, capfd):
+    """fairseq alone: IndexError in the first update."""
+    argv = tiny.arguments(classification, tmp_path, "--num-classes", "1")
+    message = error_of(argv, monkeypatch, capfd)
+    for part in ("--num-classes 1", "the data has 2 labels", "give --num-classes 2"):
+        assert part in message
+
+
+def test_numbers_without_regression_target(tmp_path, monkeypatch, capfd, data_must_not_load):
+    """fairseq alone: FileNotFoundError of label/dict.txt."""
+    (tmp_path / "label").mkdir()
+    (tmp_path / "label" / "train.label").write_text("0.5\n")
+    message = error_of(tiny.arguments(tmp_path, tmp_path), monkeypatch, capfd)
+    assert "give --regression-target and --num-classes 1" in message

@@ -140,3 +140,16 @@ def test_predictions_are_gathered_from_ranks_where_sums_would_not_do(classificat
     criterion = tiny.build_trainer(argv).get_criterion()
     assert criterion.train().logging_outputs_can_be_summed()
     assert not criterion.eval().logging_outputs_can_be_summed()
+
+
+def test_f1_goes_by_the_classes_of_the_task_not_of_the_split():
+    """Of classes 0 1 2 the last is absent. Class 0: 2 * 4/5 / (9/5) = 8/9; class 1: 2/3."""
+    predicted, target = [0, 0, 0, 0, 0, 1], [0, 0, 0, 0, 1, 1]
+    assert f1(predicted, target, 3) == pytest.approx((8 / 9 + 2 / 3) / 2)
+    log = {"report_acc_and_f1": True, "pred": predicted, "targ": target}
+    found = {}
+    for classes in (2, 3):
+        with metrics.aggregate(new_root=True) as agg:
+            log_reports([{**log, "classes": classes}])
+            found[classes] = agg.get_smoothed_values()["f1"]
+    assert found == {2: 66.7, 3: 77.8}
