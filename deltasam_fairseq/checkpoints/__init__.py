@@ -14,7 +14,9 @@ measured, and why no class on the list is a way in.
 """
 
 from deltasam_fairseq.checkpoints.allow_list import allow, allowed_globals
+from deltasam_fairseq.checkpoints.data_record import DataRecord
 from deltasam_fairseq.checkpoints.errors import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.checkpoints.fit_to_data import DataMismatchError, fit_start, fit_to_data
 from deltasam_fairseq.checkpoints.install import install
 from deltasam_fairseq.checkpoints.literal import literal_eval
 from deltasam_fairseq.checkpoints.unpickler import RestrictedUnpickler, restricted_pickle
@@ -22,9 +24,13 @@ from deltasam_fairseq.checkpoints.unpickler import RestrictedUnpickler, restrict
 __all__ = [
     "CheckpointDamagedError",
     "CheckpointRefusedError",
+    "DataMismatchError",
+    "DataRecord",
     "RestrictedUnpickler",
     "allow",
     "allowed_globals",
+    "fit_start",
+    "fit_to_data",
     "install",
     "literal_eval",
     "restricted_pickle",

@@ -1,9 +1,12 @@
 """What a checkpoint holds beside fairseq's own, without which a resumed run would differ."""
 
-from typing import Any, Dict, Optional
+import contextlib
+from typing import Any, Dict, Iterator, Optional
 
+from fairseq import checkpoint_utils
 from fairseq.trainer import Trainer
 
+from deltasam_fairseq.checkpoints import DataRecord, fit_start
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.lr_schedulers import SWAScheduler
 from deltasam_fairseq.optim import sharpness_aware
@@ -49,6 +52,26 @@ def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None
         scaler.load_state_dict(counters)
     else:
         vars(scaler).update({k: counters[k] for k in vars(scaler) if k in counters})
+
+
+@contextlib.contextmanager
+def fitting_to_data(data: DataRecord, resumes: bool) -> Iterator[None]:
+    """Let the checkpoint that fairseq loads meanwhile go through `fit_start`, on the rank it reads.
+
+    fairseq gives a trainer no other place between reading a file and loading its weights.
+    """
+    load = checkpoint_utils.load_checkpoint_to_cpu
+
+    def load_and_fit(path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
+        state = load(path, *args, **kwargs)
+        fit_start(state, data, path, resumes)
+        return state
+
+    checkpoint_utils.load_checkpoint_to_cpu = load_and_fit
+    try:
+        yield
+    finally:
+        checkpoint_utils.load_checkpoint_to_cpu = load
 
 
 def _keeps_scaler(trainer: Trainer) -> bool:

@@ -21,12 +21,15 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import multiplied_in
+from deltasam_fairseq.checkpoints import DataRecord
+from deltasam_fairseq.checkpoints.data_record import KEY as DATA
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
 from deltasam_fairseq.trainer.ascent import AscentStep, Prepared, autocast
 from deltasam_fairseq.trainer.averaging import AveragingTrainer
 from deltasam_fairseq.trainer.checkpoint_state import (
     extra_checkpoint_state,
+    fitting_to_data,
     load_extra_checkpoint_state,
 )
 from deltasam_fairseq.trainer.metrics import StepMetrics, on_host, without_ascent
@@ -56,6 +59,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._data_record = DataRecord.of_task(self.task)  # now, while the data is there
         # Of the update in progress; None outside of updates and before the ascent is complete.
         self._step_metrics: Optional[StepMetrics] = None
         # --amp: fairseq repeats an update that overflowed by a call of train_step from within.
@@ -255,13 +259,15 @@ class SharpnessAwareTrainer(AveragingTrainer):
                 if moved:  # the weights move again while the state is being saved
                     state["model"] = {k: v.clone() for k, v in state["model"].items()}
         state["extra_state"].update(extra_checkpoint_state(self))
+        state["extra_state"][DATA] = self._data_record.plain()
         return state
 
     def load_checkpoint(
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """fairseq's, and the rest of the state that an exact continuation needs."""
-        extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        with fitting_to_data(self._data_record, resumes=not reset_optimizer):
+            extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         if not reset_optimizer:
             load_extra_checkpoint_state(self, extra_state or {})
         return extra_state
