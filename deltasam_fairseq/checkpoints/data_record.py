@@ -125,7 +125,12 @@ class DataRecord:
     @property
     def known(self) -> bool:
         """Whether anything is known of the data itself: it is stored, or its folder is there."""
-        return self.origin == _STORED or bool(self.words) or self.labels is not None or self.sentences is not None
+        return (
+            self.origin == _STORED
+            or bool(self.words)
+            or self.labels is not None
+            or self.sentences is not None
+        )
 
     @classmethod
     def of_folder(
