@@ -176,7 +176,6 @@ def write_task(
         "version": VERSION,
         "task": name,
         "sentences": len(task.sentences),
-        "columns": list(task.sentences),
         "columns": task.sentences,
         "labels": task.labels,
         "scale": None if task.labels else task.scale,
