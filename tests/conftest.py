@@ -1,6 +1,7 @@
 """Fixtures for all tests: tiny data sets, made once a session."""
 
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,23 @@ torch.set_num_threads(1)
 from tests.helpers import fast_config, tiny  # noqa: E402  after the threads are set
 
 fast_config.install()
+
+
+# Folders and files, below tests/, of what starts programs or trains for long: `make test-fast`
+# leaves them out.
+SLOW = (
+    *("average", "cli", "convert", "distributed", "scripts", "sharpness"),
+    *("examples/test_files.py", "examples/test_generation.py", "examples/test_glue_run.py"),
+    *("glue/test_predict.py", "squad/test_predict.py", "squad/test_training.py"),
+    *("optim/test_compiled_rounding.py", "test_conformance.py", "trainer/test_half_precision.py"),
+)
+
+
+def pytest_collection_modifyitems(items):
+    slow = [Path(__file__).parent / name for name in SLOW]
+    for item in items:
+        if any(path in (item.path, *item.path.parents) for path in slow):
+            item.add_marker(pytest.mark.slow)
 
 
 def _half_precision_here() -> bool:
