@@ -21,7 +21,7 @@ IN_A_ROW = {"2 x 2": [[4, 4, 4, 4]], "rank ends with a dummy": [[7, 6, 3]]}
 
 
 def drawn(batch, layout):
-    """Sentences that plain SAM climbs from in the first update."""
+    """Sentences that plain SAM ascends from in the first update."""
     found, at = [], 0
     for rank, sizes in enumerate(layout):
         generator = update_generator(SEED, 0, SENTENCES, torch.device("cpu"), rank)
@@ -128,7 +128,7 @@ def test_ranks_end_alike_bitwise(results):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-def test_rank_scope_climbs_apart(results, optimizer, backend):
+def test_rank_scope_ascends_apart(results, optimizer, backend):
     first, second = results[f"rank scope, {optimizer}, {backend}"]
     for eps, other in zip(first["eps"], second["eps"]):
         assert eps.norm().item() == pytest.approx(0.05) == other.norm().item()

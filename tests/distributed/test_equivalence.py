@@ -127,7 +127,7 @@ def test_equals_one_process_with_one_batch(results, case):
 def test_fairseqs_own_miscount_is_still_there(results):
     """Its step divides by too few sentences where a rank's last micro-batch is a dummy.
 
-    If this fails, fairseq was mended, and `compared_cases` can have the case.
+    If this fails, fairseq was fixed, and `compared_cases` can have the case.
     """
     (control,) = results[name_of("large batch", "adam", "legacy_ddp", CRITERIONS[0])]
     rank = results[name_of("rank ends with a dummy", "adam", "legacy_ddp", CRITERIONS[0])][0]
@@ -157,7 +157,7 @@ def test_delta_sam_sends_four_float64_and_one_reduction_of_gradients(results):
 
 @pytest.mark.parametrize("optimizer", OPTIMIZERS[1:])
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_rank_scope_climbs_from_the_ranks_own_shard(results, optimizer, backend):
+def test_rank_scope_ascends_from_the_ranks_own_shard(results, optimizer, backend):
     """eps* and g' of a rank are those of a single process that has its shard as the batch."""
     ranks = results["rank scope: " + name_of("2 x 2", optimizer, backend, CRITERIONS[0])]
     for rank, seen in enumerate(ranks):

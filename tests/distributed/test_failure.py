@@ -236,7 +236,7 @@ def torchrun(argv, *options, env):
 
 
 def test_torchrun_restarts_a_killed_rank_by_itself(runs):
-    """--max-restarts: both ranks start anew from the last checkpoint, to the same end.
+    """--max-restarts: both ranks start again from the last checkpoint, to the same end.
 
     The variable makes torchrun give each life a store of its own. With the shared one (torch
     2.13's default) a rank can read the address that its peer had before, and fails to connect.
