@@ -5,12 +5,15 @@
 fairseq's own ``--bpe bert`` needs transformers, and knows neither <unk> nor <mask>.
 """
 
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Optional, Tuple
 
 from fairseq.data.encoders import register_bpe
 from fairseq.dataclass import FairseqDataclass
+
+logger = logging.getLogger(__name__)
 
 # BERT's special pieces and fairseq's symbols for them.
 SPECIAL = {
@@ -21,6 +24,7 @@ SPECIAL = {
     "[MASK]": "<mask>",
 }
 _BERT_NAMES = {symbol: piece for piece, symbol in SPECIAL.items()}
+CASED_SHARE = 0.01  # of pieces with upper case: a cased vocabulary has a third, an uncased one none
 LONGEST_WORD = 100  # characters; BERT takes a longer word for [UNK]
 
 
@@ -54,6 +58,9 @@ def read_vocabulary(path: Path) -> List[str]:
 class WordPieceBPE:
     """Splits text as BERT does; special pieces have fairseq's names (``<unk>`` for [UNK]).
 
+    ``[SEP]`` as text is the separator, as in transformers: what follows gets the second token
+    type, where transformers goes by the two arguments. ``[PAD]`` is padding. Warns once.
+
     Raises:
         ImportError: the package tokenizers is not installed.
         ValueError: no --wordpiece-vocab, or one without BERT's special pieces.
@@ -75,6 +82,13 @@ class WordPieceBPE:
                 f"--wordpiece-vocab {cfg.wordpiece_vocab}: {', '.join(missing)} not found; "
                 "is it the vocab.txt of a BERT model?"
             )
+        upper = [p for p in pieces if p != p.lower() and p not in SPECIAL]
+        if not cfg.wordpiece_cased and len(upper) > CASED_SHARE * len(pieces):
+            logger.warning(
+                f"--wordpiece-vocab {cfg.wordpiece_vocab} is of a cased model: {len(upper)} pieces "
+                f"such as {upper[-1]} are never used without --wordpiece-cased"
+            )
+        self._warned = False
         self._tokenizer = Tokenizer(
             models.WordPiece(vocabulary, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
         )
@@ -90,6 +104,13 @@ class WordPieceBPE:
     def pieces(self, x: str) -> List[Tuple[str, int, int]]:
         """The pieces of a sentence, and where in it each begins and ends, in characters."""
         encoded = self._tokenizer.encode(x, add_special_tokens=False)
+        special = sorted({"[SEP]", "[PAD]"}.intersection(encoded.tokens))
+        if special and not self._warned:
+            self._warned = True
+            logger.warning(
+                f"{' and '.join(special)} as text in {x[:60]!r}: BERT's special tokens, not words; "
+                "behind a separator the second sentence begins. Give two sentences as two columns"
+            )
         found = zip(encoded.tokens, encoded.offsets)
         return [(SPECIAL.get(piece, piece), begin, end) for piece, (begin, end) in found]
 

@@ -8,7 +8,7 @@ import re
 import tempfile
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq import checkpoint_utils
@@ -18,6 +18,8 @@ from fairseq.models.roberta import RobertaModel
 from omegaconf import OmegaConf
 from torch import Tensor
 
+from deltasam_fairseq.checkpoints.data_record import DataRecord
+from deltasam_fairseq.checkpoints.fit_to_data import fit_to_data
 from deltasam_fairseq.convert.compare import Side, compare_outputs, compare_tokens, sample_lines
 from deltasam_fairseq.convert.families import (
     ACTIVATIONS,
@@ -25,6 +27,7 @@ from deltasam_fairseq.convert.families import (
     FAMILIES,
     HEAD,
     MASK,
+    Family,
     Tensors,
     atomic_output_dir,
     first_position,
@@ -35,6 +38,7 @@ from deltasam_fairseq.convert.families import (
 )
 from deltasam_fairseq.convert.vocabulary import (
     BPE,
+    Vocabulary,
     copy_tokenizer,
     fairseq_symbols,
     load_vocabulary,
@@ -83,8 +87,46 @@ def read_scale(data: Path) -> float:
     return float(json.loads(path.read_text(encoding="utf-8"))["scale"] or 1.0)
 
 
-def read_model(checkpoint: Path, dictionary: Dictionary) -> Any:
-    """The model of a fairseq checkpoint, with its classification heads.
+def check_special_tokens(trained: DataRecord, family: Family) -> None:
+    """Raise a ValueError for a model that was trained on other special tokens than transformers'.
+
+    Args:
+        trained: of the checkpoint; one that was not trained on a classification task passes.
+        family: whose tokenizer is to go with the model.
+    """
+    if trained.tokens is None:
+        return
+    wanted: Dict[str, Optional[int]] = {"--init-token": Dictionary().bos()}
+    if trained.sentences == 2:
+        wanted["--separator-token"] = Dictionary().eos() if family.separators == 2 else None
+    for (option, right), found in zip(wanted.items(), trained.tokens):
+        trained, needed = (f"no {option}" if x is None else f"{option} {x}" for x in (found, right))
+        if found != right:
+            raise ValueError(
+                f"the model was trained with {trained}, Hugging Face's tokenizer does the same as "
+                f"{needed}: it would read other tokens there, and predict worse. Train it with "
+                f"{needed}, or export it without --tokenizer and give it its own tokens"
+            )
+
+
+def check_case(vocabulary: Vocabulary, data: Path) -> None:
+    """Raise a ValueError if the data was lower-cased and the tokenizer does not, or the reverse."""
+    path = data / "task.json"
+    bpe = json.loads(path.read_text(encoding="utf-8")).get("bpe") if path.is_file() else None
+    if bpe and bpe["name"] == "wordpiece":
+        cased = bool(bpe["options"].get("wordpiece_cased"))
+        if cased != vocabulary.cased:
+            kind = "lower-casing" if cased else "cased"
+            raise ValueError(
+                f"--data {data} was made with{'' if cased else 'out'} --wordpiece-cased, --tokenizer"
+                f" is a {kind} one: give the one that the data was made with"
+            )
+
+
+def read_model(checkpoint: Path, data: Path, dictionary: Dictionary) -> Tuple[Any, DataRecord]:
+    """The model of a fairseq checkpoint, with its heads, and what it was trained on.
+
+    Labels in another order than the data's and scores on another scale are mapped to the data's.
 
     Raises:
         FileNotFoundError: no such file.
@@ -115,10 +157,11 @@ def read_model(checkpoint: Path, dictionary: Dictionary) -> Any:
                 f"{checkpoint} has {len(tensor)} words, dict.txt with <mask> {len(dictionary)}: "
                 "give the --data that it was trained on"
             )
+    trained = fit_to_data(state, DataRecord.of_folder(data), f"--from {checkpoint}")
     model = cls.build_model(args, SimpleNamespace(source_dictionary=dictionary))
     weights = {name: x for name, x in state["model"].items() if not SECOND_COPY.search(name)}
     load_exactly(model, weights, str(checkpoint))
-    return model.eval()
+    return model.eval(), trained
 
 
 def classification_head(model: Any) -> Any:
@@ -216,11 +259,13 @@ def to_hf(
     """
     transformers = import_transformers()
     dictionary = read_dictionary(data)
-    model = read_model(checkpoint, dictionary)
+    model, trained = read_model(checkpoint, data, dictionary)
     model_type = "bert" if isinstance(model, BertModel) else "roberta"
     family, symbols = FAMILIES[model_type], list(dictionary.symbols)
     if tokenizer is not None:
+        check_special_tokens(trained, family)
         vocabulary = load_vocabulary(tokenizer, model_type)
+        check_case(vocabulary, data)
         symbols = fairseq_symbols(vocabulary, family, len(symbols))
         unknown = set(symbols) ^ set(dictionary.symbols)
         if unknown:
