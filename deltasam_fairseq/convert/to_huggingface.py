@@ -100,10 +100,10 @@ def check_special_tokens(trained: DataRecord, family: Family) -> None:
     if trained.sentences == 2:
         wanted["--separator-token"] = Dictionary().eos() if family.separators == 2 else None
     for (option, right), found in zip(wanted.items(), trained.tokens):
-        trained, needed = (f"no {option}" if x is None else f"{option} {x}" for x in (found, right))
+        used, needed = (f"no {option}" if x is None else f"{option} {x}" for x in (found, right))
         if found != right:
             raise ValueError(
-                f"the model was trained with {trained}, Hugging Face's tokenizer does the same as "
+                f"the model was trained with {used}, Hugging Face's tokenizer does the same as "
                 f"{needed}: it would read other tokens there, and predict worse. Train it with "
                 f"{needed}, or export it without --tokenizer and give it its own tokens"
             )
@@ -118,8 +118,8 @@ def check_case(vocabulary: Vocabulary, data: Path) -> None:
         if cased != vocabulary.cased:
             kind = "lower-casing" if cased else "cased"
             raise ValueError(
-                f"--data {data} was made with{'' if cased else 'out'} --wordpiece-cased, --tokenizer"
-                f" is a {kind} one: give the one that the data was made with"
+                f"--data {data} was made with{'' if cased else 'out'} --wordpiece-cased, "
+                f"--tokenizer is a {kind} one: give the one that the data was made with"
             )
 
 
