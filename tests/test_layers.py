@@ -5,48 +5,77 @@ from pathlib import Path
 
 import pytest
 
-import deltasam_fairseq
-
-PACKAGE = Path(deltasam_fairseq.__file__).parent
-FILES = sorted(PACKAGE.rglob("*.py"))
-
-# What a folder may import of this package beside itself; anything else of it is forbidden.
-ALLOWED = {
-    "algorithms": set(),
-    "options.py": set(),
-    "fairseq_patches": set(),
-    "optim": {"algorithms", "options"},
-    "criterions": {"algorithms", "checkpoints", "options"},
-    "lr_schedulers": {"algorithms", "options"},
-    "models": set(),
+ROOT = Path(__file__).parents[1]
+FILES = {
+    shipped: sorted((ROOT / shipped).rglob("*.py"))
+    for shipped in ("deltasam_fairseq", "examples", "scripts")
 }
+
+# Folders and loose modules of the package. Each may import what is on lower floors, and itself:
+# nothing of its own floor, so that no circle of folders is possible.
+FLOORS = [
+    {"algorithms", "fairseq_patches", "markdown", "options"},
+    {"bpe", "checkpoints", "lr_schedulers", "models", "optim"},
+    {"criterions", "data"},
+    {"config_checks", "glue", "squad", "trainer"},
+    {"average", "command_line", "convert", "sharpness"},
+    {"plugin"},
+    {"__init__", "__main__"},
+]
 
 
 def imports(path):
+    """Full names of the modules that a file imports."""
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
-            if node.module == "deltasam_fairseq":
-                yield from (f"{node.module}.{alias.name}" for alias in node.names)
             yield node.module
+            if node.module in FILES:
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_layer_imports_only_what_is_below_it(path):
-    layer = path.relative_to(PACKAGE).parts[0]
+def room(path):
+    """The folder, or loose module, right under its root that a file belongs to."""
+    return path.relative_to(ROOT).parts[1].replace(".py", "")
+
+
+def floor(name):
+    found = [number for number, rooms in enumerate(FLOORS) if name in rooms]
+    assert len(found) == 1, f"{name} is not in FLOORS once: put it on the lowest floor that fits"
+    return found[0]
+
+
+def cases(*shipped):
+    return pytest.mark.parametrize(
+        "path", [p for s in shipped for p in FILES[s]], ids=lambda p: str(p.relative_to(ROOT))
+    )
+
+
+@cases("deltasam_fairseq")
+def test_package_imports_only_what_is_below(path):
     own = {m.split(".")[1] for m in imports(path) if m.startswith("deltasam_fairseq.")}
-    if layer in ALLOWED:
-        found = own - ALLOWED[layer] - {layer}
-        assert not found, f"{path.name} imports {found}"
-    if layer == "algorithms":
-        roots = {m.split(".")[0] for m in imports(path)}
-        assert not roots & {"fairseq", "omegaconf", "logging"}, roots
-    if layer not in ("__init__.py", "plugin.py"):
-        assert not own & {"plugin"}
-
-
-def test_examples_and_scripts_are_not_imported_by_the_package():
-    roots = {m.split(".")[0] for path in FILES for m in imports(path)}
+    higher = {name for name in own - {room(path)} if floor(name) >= floor(room(path))}
+    assert not higher, f"{room(path)} imports {higher}, which is not below it"
+    roots = {m.split(".")[0] for m in imports(path)}
     assert not roots & {"examples", "scripts", "tests"}
+    if room(path) == "algorithms":
+        assert not roots & {"fairseq", "omegaconf", "logging"}
+
+
+@cases("examples")
+def test_examples_import_themselves_common_and_the_package(path):
+    for name in imports(path):
+        root, _, rest = name.partition(".")
+        assert root not in ("scripts", "tests"), name
+        assert root != "examples" or rest.split(".")[0] in ("", "common", room(path)), name
+
+
+@cases("scripts")
+def test_scripts_import_themselves_and_the_package(path):
+    assert not {m.split(".")[0] for m in imports(path)} & {"examples", "tests"}
+
+
+def test_every_room_has_a_floor():
+    assert {room(path) for path in FILES["deltasam_fairseq"]} == set().union(*FLOORS)

@@ -30,7 +30,7 @@ from deltasam_fairseq.criterions.teacher import Teacher, load_teacher
 from deltasam_fairseq.options import option
 
 _PREDICTIONS = "distill_predictions"  # number of them, sentences or tokens
-_SHARES = ("distill_teacher_accuracy", "distill_agreement")
+_AGREEMENT = ("distill_teacher_accuracy", "distill_agreement")
 
 
 @dataclass
@@ -110,23 +110,27 @@ class Distill(Regulariser):
                 "--criterion distill: the teacher is loaded by this plugin's trainer, which is not "
                 "in place; run fairseq-train with --user-dir deltasam_fairseq"
             )
-        taught, scores, objective = self.teacher.scores(batch), batch.scores(), batch.objective
+        teacher_scores, scores, objective = (
+            self.teacher.scores(batch),
+            batch.scores(),
+            batch.objective,
+        )
         hard = objective.losses(scores)
-        soft = objective.distillation_losses(taught, scores, self.temperature)
+        soft = objective.distillation_losses(teacher_scores, scores, self.temperature)
         terms = {
             "distill_hard": hard,
             "distill_soft": soft,
-            "distill_teacher_loss": objective.losses(taught),
-            **_hits(objective, taught, scores),
+            "distill_teacher_loss": objective.losses(teacher_scores),
+            **_hits(objective, teacher_scores, scores),
         }
         return RegularisedLosses((1 - self.weight) * hard + self.weight * soft, scores, terms)
 
 
-def _hits(objective: Objective, taught: Tensor, scores: Tensor) -> Dict[str, Tensor]:
+def _hits(objective: Objective, teacher_scores: Tensor, scores: Tensor) -> Dict[str, Tensor]:
     """How many predictions there are, how many the teacher has right, how many are the same."""
     if not isinstance(objective, ClassObjective):
         return {}
-    predicted = taught.argmax(dim=-1)
+    predicted = teacher_scores.argmax(dim=-1)
     return {
         _PREDICTIONS: objective.num_correct(predicted, predicted),
         "distill_teacher_accuracy": objective.num_correct(predicted, objective.targets),
@@ -134,8 +138,8 @@ def _hits(objective: Objective, taught: Tensor, scores: Tensor) -> Dict[str, Ten
     }
 
 
-class _LogsShares:
-    """Mixin that logs what `_hits` counts, in percent of the predictions."""
+class _AgreementMetrics:
+    """Log what `_hits` counts, in percent of the predictions."""
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[Dict[str, Any]]) -> None:
@@ -144,7 +148,7 @@ class _LogsShares:
         if not any(_PREDICTIONS in log for log in logging_outputs):
             return
         n = sum(float(log.get(_PREDICTIONS, 0)) for log in logging_outputs)
-        for key in _SHARES:
+        for key in _AGREEMENT:
             equal = sum(float(log.get(key, 0)) for log in logging_outputs)
             metrics.log_scalar(key, 100 * equal / max(n, 1), n, round=1)
 
@@ -168,7 +172,7 @@ class Seq2SeqDistillConfig(Seq2SeqConfig, DistillOptions):
 
 
 @register_criterion("distill", dataclass=DistillConfig)
-class DistillCriterion(_LogsShares, SentenceCriterion):
+class DistillCriterion(_AgreementMetrics, SentenceCriterion):
     """Knowledge distillation for classification and regression."""
 
     regulariser_class = Distill
@@ -176,7 +180,7 @@ class DistillCriterion(_LogsShares, SentenceCriterion):
 
 
 @register_criterion("seq2seq_distill", dataclass=Seq2SeqDistillConfig)
-class Seq2SeqDistillCriterion(_LogsShares, Seq2SeqCriterion):
+class Seq2SeqDistillCriterion(_AgreementMetrics, Seq2SeqCriterion):
     """Knowledge distillation for sequence-to-sequence tasks."""
 
     regulariser_class = Distill

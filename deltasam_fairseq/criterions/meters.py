@@ -7,11 +7,12 @@ from fairseq.logging import metrics
 
 
 class GatheringMeter(fairseq_meters.MetersDict._DerivedMeter):
-    """Base of such meters: what they gather stays in the process.
+    """Base of such meters: what they gather stays in the process and never enters a checkpoint.
 
-    fairseq writes every meter of a validation into checkpoints, by the name of its class, and finds
-    only its own classes again. Derived meters, as this is to it, it leaves out: a resumed run
-    begins with new ones. `MetersDict.reset` leaves derived meters alone; `gather` begins them anew.
+    fairseq saves every meter of a validation by the name of its class, looks that name up in its
+    own module when a run resumes, and has no way to register one. It does not save meters of its
+    class for derived values, so this is a subclass of that. `MetersDict.reset` skips those;
+    `gather` resets them.
     """
 
     def __init_subclass__(cls) -> None:
