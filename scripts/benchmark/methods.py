@@ -1,4 +1,4 @@
-"""What benchmark.py compares: one update of each method on the same model and the same batches."""
+"""What the benchmark compares: one update of each method on the same model and batches."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch
 from fairseq import options, tasks
 from fairseq.data import Dictionary
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
+from fairseq.distributed.utils import distributed_init
 
 import deltasam_fairseq
 from deltasam_fairseq import SharpnessAwareTrainer
 from deltasam_fairseq.trainer.ascent import autocast
 
 Sample = Dict[str, Any]
-Update = Callable[[List[Sample]], None]
+Update = Callable[[List[Sample]], Any]
 
 SHAPES = {
     "small": "--arch roberta --encoder-layers 4 --encoder-embed-dim 256 "
@@ -36,13 +37,15 @@ PRECISIONS = {
 }
 TWO_FORWARDS = "delta-SAM, two forwards"
 OURS = {  # method -> options of fairseq-train
-    "Adam": "--optimizer sam_adam --sam-rho 0",  # with the step that SAM's has
+    "Adam": "--optimizer sam_adam --sam-rho 0",  # with the base step that SAM has
     "Adam, fairseq": "--optimizer adam",
     "Adam, foreach": "--optimizer sam_adam --sam-rho 0 --adam-step foreach",
     "Adam, fused": "--optimizer sam_adam --sam-rho 0 --adam-step fused",
     "SAM": "--optimizer sam_adam",
     "delta-SAM": "--optimizer delta_sam_adam",
     TWO_FORWARDS: "--optimizer delta_sam_adam",
+    "SAM, rank": "--optimizer sam_adam --sam-scope rank",
+    "delta-SAM, rank": "--optimizer delta_sam_adam --sam-scope rank",
     "SAM, a quarter": "--optimizer sam_adam --sam-ascent-fraction 0.25",
     "delta-SAM, a quarter": "--optimizer delta_sam_adam --sam-ascent-fraction 0.25",
     "SAM, every 2nd": "--optimizer sam_adam --sam-every 2",
@@ -64,13 +67,23 @@ class Setting(NamedTuple):
     device: str
     processes: int = 1
     rank: int = 0
-    launch: Sequence[str] = ()  # fairseq's options for several processes
+
+    @property
+    def title(self) -> str:
+        """One line that names the setting."""
+        parts = [f"RoBERTa {self.shape}", self.device, self.precision]
+        parts.append(f"{self.batch_size} sentences of {self.length} tokens")
+        if self.update_freq > 1:
+            parts.append(f"{self.update_freq} micro-batches an update")
+        if self.processes > 1:
+            parts.append(f"{self.processes} processes")
+        return ", ".join(parts)
 
 
 class Built(NamedTuple):
     """A method: its update, and the trainer that makes it or whose model it trains.
 
-    ``period`` updates are timed together where they are not all alike.
+    Updates that differ from each other are timed in groups of ``period``.
     """
 
     update: Update
@@ -78,12 +91,12 @@ class Built(NamedTuple):
     period: int = 1
 
 
-class NotHere(Exception):
-    """A method cannot run here; the message says why."""
+class MethodUnavailable(Exception):
+    """A method cannot run with this setting or installation; the message says why."""
 
 
 def arguments(setting: Setting, folder: Path) -> List[str]:
-    """Return fairseq-train's options; writes the dictionaries that the task reads."""
+    """Write the dictionaries that the task reads; return fairseq-train's options."""
     words, labels = Dictionary(), Dictionary()
     for i in range(VOCABULARY[setting.shape] - len(words)):
         words.add_symbol(str(i))
@@ -92,59 +105,67 @@ def arguments(setting: Setting, folder: Path) -> List[str]:
     for name, dictionary in (("input0", words), ("label", labels)):
         (folder / name).mkdir(parents=True)
         dictionary.save(str(folder / name / "dict.txt"))
-    shared = (
+    cuda = setting.device == "cuda"
+    text = (
         "--task sentence_prediction --criterion sentence_prediction --num-classes 2 --init-token 0 "
         "--max-positions 512 --classification-head-name sentence_classification_head "
         "--lr 1e-5 --adam-betas (0.9,0.98) --adam-eps 1e-6 --weight-decay 0.1 --max-update 100000 "
-        "--find-unused-parameters --fp16-init-scale 4 --no-save"
+        f"--find-unused-parameters --fp16-init-scale 4 --no-save {SHAPES[setting.shape]} "
+        f"{PRECISIONS[setting.precision]} --update-freq {setting.update_freq} "
     )
-    argv = [str(folder), *shared.split(), *SHAPES[setting.shape].split()]
-    argv += PRECISIONS[setting.precision].split()
-    argv += ["--update-freq", str(setting.update_freq), "--save-dir", str(folder / "save")]
-    argv += ["--user-dir", deltasam_fairseq.__path__[0], *setting.launch]
-    return [*argv, "--cpu"] if setting.device == "cpu" else argv
+    if setting.processes > 1:
+        text += (
+            f"--distributed-world-size {setting.processes} --distributed-rank {setting.rank} "
+            "--distributed-init-method env:// --distributed-no-spawn --ddp-backend legacy_ddp "
+            f"--distributed-backend {'nccl' if cuda else 'gloo'} "
+        )
+    text += f"--device-id {setting.rank}" if cuda else "--cpu"
+    paths = ["--save-dir", str(folder / "save"), "--user-dir", deltasam_fairseq.__path__[0]]
+    return [str(folder), *paths, *text.split()]
 
 
-def build_trainer(argv: Sequence[str], before: Optional[Callable[[Any], Any]] = None) -> Any:
-    """Return a trainer as fairseq-train makes it; ``before`` is called with its configuration."""
+def build_trainer(argv: Sequence[str]) -> Any:
+    """Return a trainer as fairseq-train makes it.
+
+    Raises:
+        MethodUnavailable: fairseq-train refuses an option; its own message is on stderr.
+    """
     parser = options.get_training_parser()
     try:
         parsed = options.parse_args_and_arch(parser, list(argv))
     except SystemExit as error:
-        raise NotHere("fairseq-train does not take these options") from error
+        raise MethodUnavailable("fairseq-train does not take these options") from error
     cfg = convert_namespace_to_omegaconf(parsed)
-    if before is not None:
-        before(cfg)
+    if cfg.distributed_training.distributed_init_method:
+        distributed_init(cfg)
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
     model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
     return SharpnessAwareTrainer(cfg, task, model, criterion)
 
 
-def samples_of(setting: Setting, count: int, seed: int = 1) -> List[Sample]:
-    """Return micro-batches of random sentences, other ones for every rank, as the task collates."""
+def random_batches(setting: Setting, count: int, seed: int = 1) -> List[Sample]:
+    """Return micro-batches of random sentences as the task collates; every rank has its own."""
     generator = torch.Generator().manual_seed(seed * setting.processes + setting.rank)
-    shape = (setting.batch_size, setting.length)
+    n, length = setting.batch_size, setting.length
     found = []
     for _ in range(count):
-        tokens = torch.randint(4, VOCABULARY[setting.shape] - 4, shape, generator=generator)
+        tokens = torch.randint(4, VOCABULARY[setting.shape] - 4, (n, length), generator=generator)
         tokens[:, 0], tokens[:, -1] = 0, 2
-        target = torch.randint(0, 2, (shape[0], 1), generator=generator)
-        net_input = {"src_tokens": tokens, "src_lengths": torch.full((shape[0],), shape[1])}
         found.append(
             {
-                "id": torch.arange(shape[0]),
-                "net_input": net_input,
-                "target": target,
-                "nsentences": shape[0],
+                "id": torch.arange(n),
+                "net_input": {"src_tokens": tokens, "src_lengths": torch.full((n,), length)},
+                "target": torch.randint(0, 2, (n, 1), generator=generator),
+                "nsentences": n,
                 "ntokens": tokens.numel(),
             }
         )
     return found
 
 
-def forwards_first(trainer: Any) -> Update:
-    """Return delta-SAM's update with a forward of its own for the losses at w, as in the paper."""
+def with_clean_forward(trainer: Any) -> Update:
+    """Return delta-SAM's update with a separate forward for the losses at w, as in the paper."""
 
     def update(samples: List[Sample]) -> None:
         sample, _ = trainer._prepare_sample(samples[0])
@@ -156,20 +177,22 @@ def forwards_first(trainer: Any) -> Update:
     return update
 
 
-def peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> Built:
+def build_peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> Built:
     """Return a public SAM on the same model, with torch's AdamW.
 
     As its README has it: two passes, no clipping, no log.
     """
     if setting.precision != "fp32":
-        raise NotHere("the peers have no half precision")
+        raise MethodUnavailable("the peers have no half precision")
     if setting.processes > 1:
-        raise NotHere("the peers are compared in one process")
+        raise MethodUnavailable("the peers are compared in one process")
+    cls: Any = None
+    if name != TORCH:
+        cls = sam_from_file(davda54) if name == DAVDA54 else sam_from_pytorch_optimizer()
     trainer = build_trainer([*arguments(setting, folder), "--optimizer", "adam"])
     model, criterion = trainer.model, trainer.get_criterion()
     params = [p for p in model.parameters() if p.requires_grad]
-    hyperparameters: Dict[str, Any] = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6}
-    hyperparameters["weight_decay"] = 0.1
+    adam = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
 
     def backward(samples: List[Sample]) -> None:
         model.train()
@@ -177,16 +200,7 @@ def peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> 
             loss, sample_size, _ = criterion(model, sample)
             (loss / (sample_size * len(samples))).backward()
 
-    if name == TORCH:
-        return Built(torch_loop(params, hyperparameters, backward, trainer), trainer)
-    if name == DAVDA54:
-        cls = class_of_file(davda54)
-    else:
-        try:
-            from pytorch_optimizer import SAM as cls  # type: ignore[import-not-found,no-redef]
-        except ImportError as error:
-            raise NotHere("pip install pytorch_optimizer") from error
-    optimizer = cls(params, base_optimizer=torch.optim.AdamW, rho=RHO, **hyperparameters)
+    optimizer = (cls or TorchLoop)(params, base_optimizer=torch.optim.AdamW, rho=RHO, **adam)
 
     def update(samples: List[Sample]) -> None:
         samples = [trainer._prepare_sample(sample)[0] for sample in samples]
@@ -198,66 +212,71 @@ def peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> 
     return Built(update, trainer)
 
 
-def class_of_file(path: Optional[Path]) -> Any:
+def sam_from_file(path: Optional[Path]) -> Any:
     """Return the class SAM of davda54's sam.py."""
     if path is None:
-        raise NotHere("give --davda54 FILE, the sam.py of github.com/davda54/sam")
+        raise MethodUnavailable("give --davda54 FILE, the sam.py of github.com/davda54/sam")
     spec = importlib.util.spec_from_file_location("davda54_sam", path)
     if spec is None or spec.loader is None or not path.is_file():
-        raise NotHere(f"--davda54 {path}: not a Python file")
+        raise MethodUnavailable(f"--davda54 {path}: not a Python file")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     if not hasattr(module, "SAM"):
-        raise NotHere(f"--davda54 {path}: has no class SAM")
+        raise MethodUnavailable(f"--davda54 {path}: has no class SAM")
     return module.SAM
 
 
-def torch_loop(
-    params: List[torch.nn.Parameter],
-    hyperparameters: Dict[str, Any],
-    backward: Update,
-    trainer: Any,
-) -> Update:
-    """Return SAM in a dozen lines of torch: the least that one can write by hand."""
-    optimizer = torch.optim.AdamW(params, **hyperparameters)
-
-    def update(samples: List[Sample]) -> None:
-        samples = [trainer._prepare_sample(sample)[0] for sample in samples]
-        backward(samples)
-        with torch.no_grad():
-            climbing = [p for p in params if p.grad is not None]
-            norms = torch.stack([p.grad.norm() for p in climbing if p.grad is not None])
-            scale = RHO / (norms.norm() + 1e-12)
-            saved = [p.clone() for p in climbing]
-            for p in climbing:
-                if p.grad is not None:
-                    p.add_(p.grad * scale)
-        optimizer.zero_grad()
-        backward(samples)
-        with torch.no_grad():
-            for p, own in zip(climbing, saved):
-                p.copy_(own)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    return update
+def sam_from_pytorch_optimizer() -> Any:
+    """Return pytorch_optimizer's class SAM."""
+    try:
+        from pytorch_optimizer import SAM  # type: ignore[import-not-found]
+    except ImportError as error:
+        raise MethodUnavailable("pip install pytorch_optimizer") from error
+    return SAM
 
 
-def build(name: str, setting: Setting, davda54: Optional[Path] = None, before: Any = None) -> Built:
+class TorchLoop:
+    """SAM in a dozen lines of torch, with the interface that the peers share."""
+
+    def __init__(
+        self, params: List[torch.nn.Parameter], base_optimizer: Any, rho: float, **adam: Any
+    ) -> None:
+        self.params, self.rho, self.base = params, rho, base_optimizer(params, **adam)
+
+    @torch.no_grad()
+    def first_step(self, zero_grad: bool) -> None:
+        """Add ``rho g / ||g||``."""
+        pairs = [(p, p.grad) for p in self.params if p.grad is not None]
+        scale = self.rho / (torch.stack([grad.norm() for _, grad in pairs]).norm() + 1e-12)
+        self.saved = [(p, p.clone()) for p, _ in pairs]
+        for p, grad in pairs:
+            p.add_(grad * scale)
+        self.base.zero_grad()
+
+    @torch.no_grad()
+    def second_step(self, zero_grad: bool) -> None:
+        """Restore the weights, then take the base optimizer's step."""
+        for p, value in self.saved:
+            p.copy_(value)
+        self.base.step()
+        self.base.zero_grad()
+
+
+def build(name: str, setting: Setting, davda54: Optional[Path] = None) -> Built:
     """Build a method.
 
     Raises:
-        NotHere: it cannot run here.
+        MethodUnavailable: it cannot run with this setting or installation.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name in PEERS:
-            return peer(name, setting, Path(folder) / "data", davda54)
+            return build_peer(name, setting, Path(folder) / "data", davda54)
         if "adam-step" in OURS[name] and setting.precision.startswith("memory-efficient"):
-            raise NotHere("weights that are not float32 take the loop")
+            raise MethodUnavailable("weights that are not float32 take the loop")
         if name == TWO_FORWARDS and setting.update_freq > 1:
-            raise NotHere("the same program as delta-SAM, which has it with several micro-batches")
+            raise MethodUnavailable("with several micro-batches delta-SAM itself has two forwards")
         argv = arguments(setting, Path(folder) / "data")
-        trainer = build_trainer([*argv, *OURS[name].split()], before)
-    trainer.reset_dummy_batch(samples_of(setting, 1)[0])
-    update = forwards_first(trainer) if name == TWO_FORWARDS else trainer.train_step
+        trainer = build_trainer([*argv, *OURS[name].split()])
+    trainer.reset_dummy_batch(random_batches(setting, 1)[0])
+    update = with_clean_forward(trainer) if name == TWO_FORWARDS else trainer.train_step
     return Built(update, trainer, getattr(trainer.cfg.optimizer, "sam_every", 1))
