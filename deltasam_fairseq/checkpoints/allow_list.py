@@ -98,7 +98,7 @@ def allowed_globals() -> Dict[str, Any]:
     Returns:
         From the full name in the file to the object that it stands for: the classes
         of fairseq checkpoints, then those of :func:`allow`, which win. A class that the
-        installed versions do not have is left out.
+        installed versions do not have is dropped.
     """
     table = {
         name: _resolve(item) if isinstance(item, str) else item

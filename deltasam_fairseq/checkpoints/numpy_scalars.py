@@ -34,7 +34,7 @@ class ScalarType:
 
 
 def scalar(kind: Any, data: bytes) -> Any:
-    """One numpy number from its bytes, in place of ``numpy.core.multiarray.scalar``."""
+    """One numpy number from its bytes, instead of ``numpy.core.multiarray.scalar``."""
     dtype = kind.dtype if isinstance(kind, ScalarType) else kind
     if not isinstance(dtype, np.dtype) or dtype.kind not in "biufc" or len(data) != dtype.itemsize:
         raise pickle.UnpicklingError("only plain numpy numbers can be loaded")

@@ -89,7 +89,7 @@ class Regulariser:
         TERMS: keys of the figures that it adds to the log, means over sentences (over target
             tokens in sequence-to-sequence tasks).
         INNER_BACKWARD: whether it has backward passes of its own.
-        SEVERAL_MASKS: whether its forwards draw dropout, and layers to drop, each anew.
+        SEVERAL_MASKS: whether its forwards draw dropout, and layers to drop, each time.
     """
 
     TERMS: ClassVar[Tuple[str, ...]] = ()

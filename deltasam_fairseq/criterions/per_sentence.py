@@ -6,7 +6,7 @@ A criterion takes part in delta-SAM by a method
         ...
         return losses, sample_size, logging_output
 
-which is its ``forward`` with the loss of every sentence, shape (B,), in place of their sum.
+which is its ``forward`` with the loss of every sentence, shape (B,), instead of their sum.
 fairseq's stock criterions have no such method; the functions below stand in for it without a
 second copy of their code: the criterion runs as it is, and only its last reduction is made here.
 """

@@ -23,7 +23,7 @@ class Seq2SeqConfig(LabelSmoothedCrossEntropyCriterionConfig):
 class Seq2SeqCriterion(RegularisedCriterion, LabelSmoothedCrossEntropyCriterion):
     """A regulariser on label-smoothed cross-entropy.
 
-    Task loss and regulariser are sums over target tokens, padding left out, and fairseq divides
+    Task loss and regulariser are sums over target tokens, without padding, and fairseq divides
     both by the number of target tokens (--sentence-avg: of sentences).
     """
 

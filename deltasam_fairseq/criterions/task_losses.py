@@ -135,7 +135,7 @@ class LabelSmoothedTokens:
         targets: shape (B, T).
         padding_idx: what stands for padding in targets.
         smoothing: label smoothing, 0 to 1.
-        ignore_prefix_size: number of first target tokens that are left out.
+        ignore_prefix_size: number of first target tokens to ignore.
     """
 
     def __init__(

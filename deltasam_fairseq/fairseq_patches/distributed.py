@@ -58,7 +58,7 @@ def _count_processes_as_gpus(n: int) -> Iterator[None]:
 
 
 def _launch_on_cpus(call_main: Any, cfg: Any, main: Any, **kwargs: Any) -> Any:
-    """``call_main``, with processes in place of GPUs where there are none."""
+    """``call_main``, with processes instead of GPUs where there are none."""
     distributed = cfg.distributed_training
     if torch.cuda.device_count() or distributed.distributed_world_size == 1:
         return call_main(cfg, main, **kwargs)

@@ -172,16 +172,16 @@ class SWAScheduler(FairseqLRScheduler):
             logger.warning(
                 f"--swa-start {self.cfg.swa_start}, that is {self.start}, comes too late: the run "
                 f"that is resumed began to average at update {self.begun}, and that goes on; to "
-                "begin anew, give --reset-lr-scheduler"
+                "start again, give --reset-lr-scheduler"
             )
         self._lr_at_start = state_dict.get(_LR_AT_START, 0.0)
         saved, now = state_dict.get(_PHASE) or {}, self._phase()
         different = [option for option in now if saved.get(option, now[option]) != now[option]]
         if self.begun is not None and different:
-            changes = ", ".join(f"{o} {now[o]} in place of {saved[o]}" for o in different)
+            changes = ", ".join(f"{o} {now[o]} instead of {saved[o]}" for o in different)
             logger.warning(
                 f"{changes}: the average of the run that is resumed goes on, from here on with the "
-                "new values; to begin anew, give --reset-lr-scheduler"
+                "new values; to start again, give --reset-lr-scheduler"
             )
 
 
