@@ -2,11 +2,10 @@
 
 The tokens have to be equal.  The outputs may differ by
 
-    max |ours - theirs| <= 1e-3 max(1, max |theirs|)
+    max |ours - theirs| <= 1e-4 max(1, max |theirs|)
 
-as both libraries sum float32 in orders of their own: RoBERTa large and BERT base with random
-weights are at 1e-6 to 1e-5 of the largest output.  A wrong row, layer or activation is at 1e-1, a
-wrong epsilon of the layer norms (1e-12 for 1e-5) at 1e-2.
+as both libraries sum float32 in orders of their own.  Measured with MiniLM's weights (6 layers):
+2e-6 as it is, 5e-3 with a layer norm's epsilon of 1e-5 for 1e-12.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from deltasam_fairseq.convert.families import Family
 from deltasam_fairseq.convert.vocabulary import BPE, Vocabulary
 from deltasam_fairseq.models import token_types
 
-TOLERANCE = 1e-3
+TOLERANCE = 1e-4
 OWN_LINES, OWN_WORDS = 200, 4  # of the vocabulary's own words: lines, words of each
 ROWS, BATCH = 48, 8  # lines whose outputs are compared
 LINES = """\
