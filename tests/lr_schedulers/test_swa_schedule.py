@@ -263,10 +263,10 @@ class TestResumedWithOtherOptions:
     """A schedule that takes up the state of another, whose averaging has begun."""
 
     PHASES = {
-        "--swa-decay 0.9": "--swa-decay 0.9 in place of none:",
-        "--swa-every 2": "--swa-every 2 in place of 1:",
-        "--swa-lr 1e-4": "--swa-lr 0.0001 in place of none:",
-        "--swa-lr 1e-4 --swa-cycle-length 2": "--swa-cycle-length 2 in place of none:",
+        "--swa-decay 0.9": "--swa-decay 0.9 instead of none:",
+        "--swa-every 2": "--swa-every 2 instead of 1:",
+        "--swa-lr 1e-4": "--swa-lr 0.0001 instead of none:",
+        "--swa-lr 1e-4 --swa-cycle-length 2": "--swa-cycle-length 2 instead of none:",
         "--swa-every 1 --swa-device cpu": None,
     }
 
