@@ -35,6 +35,7 @@ from deltasam_fairseq.algorithms.reweighting import (
     guardedness,
     guardedness_sums,
     reweight,
+    sum_tokens,
 )
 from deltasam_fairseq.algorithms.rounding import (
     OPERATIONS,
@@ -89,6 +90,7 @@ __all__ = [
     "sentence_norm",
     "softened_kl",
     "squared_difference",
+    "sum_tokens",
     "symmetric_kl",
     "unit_roundoff",
     "update_generator",

@@ -58,8 +58,7 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
     """Draw ``u ~ N(0, I)`` into a list of tensors.
 
     Args:
-        out: receives ``u``; contiguous, one tensor a weight, in an order that is the same
-            everywhere.
+        out: receives ``u``; one tensor a weight, in an order that is the same everywhere.
         generator: see `probe_generator`.
 
     Returns:
@@ -81,7 +80,12 @@ def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int)
         threads: to draw with on a CPU, at least 1.
     """
     if out and out[0].device.type == "cpu":
-        _draw_pieces_([piece for u in out for piece in _pieces(u)], generator, threads)
+        dense = torch.contiguous_format
+        flat = [u if u.is_contiguous() else torch.empty_like(u, memory_format=dense) for u in out]
+        _draw_pieces_([piece for u in flat for piece in _pieces(u)], generator, threads)
+        for u, drawn in zip(out, flat):
+            if drawn is not u:
+                u.copy_(drawn)
     else:
         for u in out:
             u.normal_(generator=generator)

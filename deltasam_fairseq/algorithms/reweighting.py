@@ -49,6 +49,21 @@ def guardedness(clean: Tensor, probed: Tensor) -> Tensor:
     return probed.detach().double() - clean.detach().double()
 
 
+def sum_tokens(losses: Tensor) -> Tensor:
+    """Loss of each sentence from those of its tokens, in float64.
+
+    The loss of a long target is in the thousands, where float32 has a spacing of 1e-4; its rise
+    at the probe (Eq. 3) is about 1e-3.
+
+    Args:
+        losses: shape (B, T), 0 at padding.
+
+    Returns:
+        shape (B,), float64; on MPS, which has no float64, of the precision of ``losses``.
+    """
+    return losses.sum(dim=1, dtype=None if losses.device.type == "mps" else torch.float64)
+
+
 def guardedness_sums(a: Tensor) -> Tensor:
     """The four scalars that Eq. 4 to 6 need from the whole batch.
 

@@ -25,7 +25,7 @@ from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import at_least_float32
+from deltasam_fairseq.algorithms import at_least_float32, sum_tokens
 
 # How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
 # of a sum of many terms in the precision of the model.
@@ -116,13 +116,13 @@ def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentenc
         ignore_index=criterion.padding_idx,
     )
     grid = token_losses.new_zeros(target.shape).masked_scatter(masked, token_losses)
-    return PerSentence(grid.sum(dim=1), sample_size, logging_output)
+    return PerSentence(sum_tokens(grid), sample_size, logging_output)
 
 
 def _token_level(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     """Criterions whose ``forward(reduce=False)`` returns the loss of every target token."""
     losses, sample_size, logging_output = criterion.forward(model, sample, reduce=False)
-    losses = losses.view(sample["target"].size(0), -1).sum(dim=1)
+    losses = sum_tokens(losses.view(sample["target"].size(0), -1))
     logging_output = {
         key: value.sum() if torch.is_tensor(value) else value
         for key, value in logging_output.items()

@@ -120,23 +120,19 @@ def _require_fused(device: torch.device) -> None:
 class MultiTensorAdam(Adam):
     """fairseq's Adam with the same state, so that checkpoints of either can be resumed by both.
 
-    Weights that are not float32, sparse gradients: fairseq's loop.
+    Weights that are not float32 and sparse gradients take fairseq's loop. The class and fairseq's
+    options of Adam rebuild it, as --zero-sharding os does for every rank's share of the weights.
 
     Args:
         params: parameters or groups of them.
-        implementation: foreach or fused.
         config: fairseq's options of Adam.
-
-    Raises:
-        ValueError: there is no fused Adam for the device.
     """
 
-    def __init__(self, params: Any, implementation: str, **config: Any) -> None:
+    _update = staticmethod(foreach_adam_)
+
+    def __init__(self, params: Any, **config: Any) -> None:
         super().__init__(params, **config)
-        self._fused = implementation == "fused"
         self._says_loop = False
-        if self._fused:
-            _require_fused(self.param_groups[0]["params"][0].device)
 
     def step(self, closure: Any = None) -> Any:
         """One step; the argument and the result are fairseq's."""
@@ -147,13 +143,12 @@ class MultiTensorAdam(Adam):
                 self._says_loop = True
             return super().step(closure)
         loss = None if closure is None else closure()
-        update = fused_adam_ if self._fused else foreach_adam_
         with torch.no_grad():
             for group in self.param_groups:
                 for step, params in self._chunks(group["params"]):
                     states = [self.state[p] for p in params]
                     grads = [p.grad for p in params if p.grad is not None]  # all of them
-                    update(
+                    self._update(
                         [p.data for p in params],
                         [grad.data.float() for grad in grads],
                         [s["exp_avg"] for s in states],
@@ -194,6 +189,21 @@ class MultiTensorAdam(Adam):
             yield step, chunk
 
 
+class FusedAdam(MultiTensorAdam):
+    """The same with torch's fused kernel.
+
+    Raises:
+        ValueError: there is no fused Adam for the device.
+    """
+
+    _update = staticmethod(fused_adam_)
+
+    def __init__(self, params: Any, **config: Any) -> None:
+        super().__init__(params, **config)
+        for device in {p.device for group in self.param_groups for p in group["params"]}:
+            _require_fused(device)
+
+
 def choose_step(base: Any, implementation: str) -> None:
     """Give fairseq's Adam another implementation of its step, if that is asked for.
 
@@ -215,4 +225,5 @@ def choose_step(base: Any, implementation: str) -> None:
                 "drop one of them"
             )
         groups = [dict(group) for group in own.param_groups]
-        base._optimizer = MultiTensorAdam(groups, implementation, **base.optimizer_config)
+        kind = FusedAdam if implementation == "fused" else MultiTensorAdam
+        base._optimizer = kind(groups, **base.optimizer_config)

@@ -131,8 +131,7 @@ class AscentStep:
 
     def _delta_sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
         """Gradient of ``sum_j g'_j l_j``."""
-        trainer, sam = self._trainer, self._sam
-        trainer.model.set_num_updates(trainer.get_num_updates())
+        sam = self._sam
         if not self._losses_checked:
             self._check_per_sentence_losses(samples[0][0], replay)
             self._losses_checked = True

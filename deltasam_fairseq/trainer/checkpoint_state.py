@@ -1,15 +1,19 @@
 """What a checkpoint holds beside fairseq's own, without which a resumed run would differ."""
 
 import contextlib
-from typing import Any, Dict, Iterator, Optional
+import logging
+from typing import Any, Dict, Iterator, List, Optional
 
 from fairseq import checkpoint_utils
+from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.trainer import Trainer
 
 from deltasam_fairseq.checkpoints import DataRecord, fit_start
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.lr_schedulers import SWAScheduler
 from deltasam_fairseq.optim import sharpness_aware
+
+logger = logging.getLogger(__name__)
 
 # Keys of a checkpoint's extra state.
 LOSS_SCALER = "deltasam_loss_scaler"
@@ -88,3 +92,27 @@ def _scaler_counters(trainer: Trainer) -> Optional[Dict[str, Any]]:
     if trainer.cfg.common.amp:
         return scaler.state_dict()
     return {name: value for name, value in vars(scaler).items() if name.startswith("_")}
+
+
+def accept_same_base_optimizer(history: Optional[List[Dict[str, Any]]], optimizer: Any) -> None:
+    """Let a run go on with or without SAM: the saved state is the base optimizer's either way.
+
+    Args:
+        history: fairseq's record of optimizers, whose last entry is changed; None or empty
+            before a checkpoint is loaded.
+        optimizer: with which the run goes on; fairseq compares the name of its class.
+    """
+    own = type(optimizer).__name__
+    saved = history[-1].get("optimizer_name") if history else None
+    if saved in (None, own) or _base_name(saved) != _base_name(own):
+        return
+    logger.info(f"going on with {own} from the optimizer state of {saved}: both are of one kind")
+    history[-1]["optimizer_name"] = own  # type: ignore[index]
+
+
+def _base_name(name: str) -> str:
+    """Class name of the base optimizer of a class of fairseq's registry."""
+    for found in OPTIMIZER_REGISTRY.values():
+        if found.__name__ == name:
+            return getattr(found, "base_class", found).__name__
+    return name

@@ -263,6 +263,22 @@ def without_ascent() -> None:
                 meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
 
 
+def drop_meters_of_ascent(sam: bool, delta_sam: bool) -> None:
+    """Drop the loaded meters that this run adds nothing to; fairseq would log them as null.
+
+    Args:
+        sam: whether the run has ascents.
+        delta_sam: whether they are delta-SAM's.
+    """
+    for aggregator in metrics._aggregators.values():
+        for key in list(aggregator):
+            of_delta_sam = key.startswith("delta_sam_")
+            of_sam = key.startswith("sam_") or key in _AVERAGES
+            if (of_delta_sam and not delta_sam) or (of_sam and not sam):
+                del aggregator[key]
+                aggregator.priorities = [e for e in aggregator.priorities if e[-1] != key]
+
+
 def _over(value: Any, share: float) -> Any:
     """A sum over a share of the sentences, scaled up to all of them."""
     number = torch.is_tensor(value) or isinstance(value, (int, float))

@@ -10,9 +10,10 @@ module orders the steps; ``ascent`` has the ascent, ``algorithms`` the mathemati
 the weights, ``criterions`` computes the losses.
 """
 
+import contextlib
 import logging
 import os
-from typing import Any, Dict, List, Optional, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import torch
 from fairseq.logging import metrics
@@ -28,11 +29,17 @@ from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpnes
 from deltasam_fairseq.trainer.ascent import AscentStep, Prepared, autocast
 from deltasam_fairseq.trainer.averaging import AveragingTrainer
 from deltasam_fairseq.trainer.checkpoint_state import (
+    accept_same_base_optimizer,
     extra_checkpoint_state,
     fitting_to_data,
     load_extra_checkpoint_state,
 )
-from deltasam_fairseq.trainer.metrics import StepMetrics, on_host, without_ascent
+from deltasam_fairseq.trainer.metrics import (
+    StepMetrics,
+    drop_meters_of_ascent,
+    on_host,
+    without_ascent,
+)
 from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
 from deltasam_fairseq.trainer.rng_replay import RngReplay
 
@@ -74,6 +81,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
 
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
+        # While a checkpoint is loaded fairseq comes here, and compares class names next.
+        accept_same_base_optimizer(self._optim_history, self._optimizer)
         modules = (self.get_model(), self.get_criterion())
         sam = sharpness_aware(self._optimizer)
         recomputes = getattr(self.cfg.model, "checkpoint_activations", False)
@@ -118,6 +127,31 @@ class SharpnessAwareTrainer(AveragingTrainer):
             without_ascent()
             return self._fairseqs_step(samples, raise_oom)
 
+        with self._updates_counted_once():
+            return self._perturbed_update(sam, samples, raise_oom)
+
+    @contextlib.contextmanager
+    def _updates_counted_once(self) -> Iterator[None]:
+        """Call the model's set_num_updates now, at w, and not again inside.
+
+        fairseq calls it in every forward and backward. A model that steps a teacher in it
+        (data2vec_text) would average perturbed weights, and several times an update.
+        """
+        model = self.get_model()
+        replaced = vars(model).get("set_num_updates")
+        try:
+            model.train()
+            model.set_num_updates(self.get_num_updates())
+            model.set_num_updates = lambda num_updates: None
+            yield
+        finally:
+            vars(model).pop("set_num_updates", None)
+            if replaced is not None:  # of the update that --amp repeats
+                model.set_num_updates = replaced
+
+    def _perturbed_update(
+        self, sam: SharpnessAwareOptimizer, samples: List[Any], raise_oom: bool
+    ) -> Any:
         prepared = [self._prepare_sample(sample) for sample in samples]
         replay = RngReplay(
             self._set_seed,
@@ -268,6 +302,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's, and the rest of the state that an exact continuation needs."""
         with fitting_to_data(self._data_record, resumes=not reset_optimizer):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
+        sam = sharpness_aware(self.optimizer)
+        drop_meters_of_ascent(sam is not None, sam is not None and sam.beta > 0)
         if not reset_optimizer:
             load_extra_checkpoint_state(self, extra_state or {})
         return extra_state

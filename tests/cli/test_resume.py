@@ -1,6 +1,7 @@
 """A run that was stopped, or killed, and resumed is the run that never stopped, bit for bit."""
 
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -152,3 +153,21 @@ def test_killed_by_force_and_resumed(classification, tmp_path, optimizer):
     resumed = runs.train(classification, tmp_path / "killed", *options, *until)
     assert len(resumed.updates) == 3
     runs.assert_same_end(resumed, whole)
+
+
+def test_goes_on_with_and_without_sam(classification, tmp_path, caplog):
+    """The state is the base optimizer's; the meters of an ascent go with it. An epoch is four
+    updates, and every update is logged."""
+    caplog.set_level(logging.INFO)
+    ends = {}
+    for last, name in ((1, "adam"), (2, "sam_adam"), (3, "delta_sam_adam"), (5, "adam")):
+        options = ["--optimizer", name, "--max-update", str(last), "--log-interval", "1"]
+        ends[last] = runs.train(classification, tmp_path, *options)
+    assert caplog.text.count("from the optimizer state of") == 3
+    for last in (2, 3, 5):
+        assert [log["num_updates"] for log in ends[last].updates][-1] == str(last)
+    assert "sam_loss" in ends[3].updates[-1] and "delta_sam_r" in ends[3].updates[-1]
+    for log in ends[5].updates:
+        assert not any("sam" in key or key == "sharpness" for key in log)
+    with pytest.raises(AssertionError, match="Optimizer does not match"):
+        runs.train(classification, tmp_path, "--optimizer", "sam_sgd", "--max-update", "7")

@@ -12,6 +12,8 @@ SHARDED = {
     "sam_adam": ["--optimizer", "sam_adam"],
     "delta_sam_adam": ["--optimizer", "delta_sam_adam"],
     "delta_sam_adam, fp16": ["--optimizer", "delta_sam_adam", "--memory-efficient-fp16"],
+    "delta_sam_adam, foreach": ["--optimizer", "delta_sam_adam", "--adam-step", "foreach"],
+    "sam_adam, fused": ["--optimizer", "sam_adam", "--adam-step", "fused"],
 }
 
 REFUSED = {

@@ -55,3 +55,15 @@ def test_an_error_of_the_thread_is_not_lost(sam, monkeypatch):
     with pytest.raises(MemoryError, match="no room"):
         optimizer.probe(params, 1, 7)
     assert not optimizer.weights.moved
+
+
+def test_a_parameter_that_is_not_contiguous(sam):
+    """It gets the numbers of a contiguous one of its shape."""
+    optimizer, params = sam
+    index = next(i for i, p in enumerate(params) if p.dim() == 2 and min(p.shape) > 1)
+    expected = probed(optimizer, params, 1, 7)
+    params[index].data = params[index].data.t().contiguous().t()
+    optimizer.weights._buffers.clear()
+    assert not params[index].is_contiguous()
+    found = probed(optimizer, params, 1, 7)
+    torch.testing.assert_close(found, expected)

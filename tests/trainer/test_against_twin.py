@@ -124,3 +124,28 @@ def test_number_of_forwards(classification, tmp_path):
     with_graph.clear(), calls.clear()
     trainer.train_step(samples[:2])
     assert (len(with_graph), len(calls)) == (4, 4)
+
+
+@pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_model_counts_an_update_once_at_w(
+    classification, tmp_path, monkeypatch, optimizer, micro_batches
+):
+    """A model may step an EMA teacher in set_num_updates."""
+    trainer = trainer_of(classification, tmp_path, optimizer)
+    samples, model, seen = tiny.batches(trainer), trainer.get_model(), []
+    original = type(model).set_num_updates
+
+    def recording(self, num_updates):
+        if self is model:
+            seen.append((num_updates, self.training, tiny.weights(trainer)))
+        original(self, num_updates)
+
+    monkeypatch.setattr(type(model), "set_num_updates", recording)
+    for update in range(2):
+        before = tiny.weights(trainer)
+        trainer.train_step(samples[:micro_batches])
+        ((number, training, found),) = seen
+        assert (number, training) == (update, True)
+        assert all(map(torch.equal, found, before))
+        seen.clear()
