@@ -282,12 +282,12 @@ class TestResumedWithOtherOptions:
         then.load_state_dict(first.state_dict())
         said = self.PHASES[options]
         if said is None:
-            assert "in place of" not in caplog.text
+            assert "instead of" not in caplog.text
         else:
             assert said in caplog.text and "goes on" in caplog.text
             caplog.clear()
             then.load_state_dict(then.state_dict())
-            assert "in place of" not in caplog.text
+            assert "instead of" not in caplog.text
 
     def test_not_where_nothing_has_begun_or_is_known(self, classification, tmp_path, caplog):
         later = self.schedule(classification, tmp_path, "--swa-start", "3")
@@ -298,7 +298,7 @@ class TestResumedWithOtherOptions:
         del state["swa_phase"]  # as files were before
         now = self.schedule(classification, tmp_path, "--swa-start", "0", "--swa-every", "2")
         now.load_state_dict(state)
-        assert now.begun == 0 and "in place of" not in caplog.text
+        assert now.begun == 0 and "instead of" not in caplog.text
 
 
 @pytest.mark.parametrize("start", ["0", "0ep", "0.1"])
