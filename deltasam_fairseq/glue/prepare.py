@@ -16,6 +16,10 @@ skipped when the command is run again, unless its files or options have changed.
 To choose hyperparameters without a look at dev.tsv, --hold-out 0.2 takes a fifth of train.tsv's
 rows, always the same ones, as ``valid`` and the rest as ``train``.
 
+For experiments, --train-rows 1000 keeps some rows of train.tsv and --label-noise 0.4 replaces
+labels in it, each by one of the other classes with equal probability, before any rows are held
+out; dev.tsv stays as it is.  label/train.replaced.tsv lists the replaced ones.
+
 Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
 ``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
 line) or numbered from 1 (they have none): for sentence<TAB>label it is ``--columns 1 2``.  Labels
@@ -36,7 +40,7 @@ from deltasam_fairseq.data.encoding_options import add_encoding_options, encodin
 from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.data.programs import run_program
 from deltasam_fairseq.glue.tasks import GLUE, TASKS, Task, own_task
-from deltasam_fairseq.glue.write_splits import check_splits, splits_of, write_task
+from deltasam_fairseq.glue.write_splits import Changes, check_splits, splits_of, write_task
 from deltasam_fairseq.options import ranged
 
 
@@ -66,10 +70,12 @@ def prepare(args: argparse.Namespace) -> None:
     """Check all that is asked for, then write it."""
     tasks = tasks_of(args)
     encoding, bpe = encoding_of(args)
+    changes = Changes(args.train_rows, args.label_noise, args.noise_seed)
     plan = []
     for name, task in tasks.items():
         out = args.out if len(tasks) == 1 else args.out / f"{name}-bin"
-        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe, args.hold_out)))
+        options = (args.hold_out, changes)
+        plan.append(list(splits_of(args.glue_dir, name, task, out, bpe, *options)))
     for splits in plan:
         check_splits(splits, args.any_rows)
     with processes(args.workers) as run:
@@ -112,6 +118,21 @@ def parser() -> argparse.ArgumentParser:
         metavar="SHARE",
         help="share of train.tsv's rows to validate with instead of dev.tsv, above 0, below 1",
     )
+    add(
+        "--train-rows",
+        type=ranged(int, at_least=1),
+        default=0,
+        metavar="N",
+        help="for experiments: keep N rows of train.tsv, drawn by --noise-seed (default: all)",
+    )
+    add(
+        "--label-noise",
+        type=share,
+        default=0.0,
+        metavar="SHARE",
+        help="for experiments: share of train.tsv's labels to replace by another class",
+    )
+    add("--noise-seed", type=int, default=1, help="of --train-rows, --label-noise (default: 1)")
     add("--any-rows", action="store_true", help="take files that lack rows, or have more")
     return options
 

@@ -174,6 +174,7 @@ class Table(NamedTuple):
     ids: Tuple[str, ...]
     lines: List[int]  # where in the file, from 1
     dropped: int  # rows
+    original_labels: Tuple[str, ...] = ()  # where labels were replaced on purpose
 
 
 def read_lines(path: Path) -> List[List[str]]:

@@ -29,10 +29,47 @@ from deltasam_fairseq.glue.tasks import (
     has_labels,
     read_table,
 )
+from deltasam_fairseq.glue.training_rows import draw_rows, replace_labels
 
 VERSION = 1  # of task.json, and of how the data is written
 FOLDERS = ("input0", "input1", "label", "id")
 HOLD_OUT_SEED = 1
+
+
+class Changes(NamedTuple):
+    """What an experiment changes in the rows of train.tsv, before any are held out.
+
+    Attributes:
+        rows: number of rows to keep; 0 keeps all.
+        noise: share of the labels to replace by another class.
+        seed: of both.
+    """
+
+    rows: int = 0
+    noise: float = 0.0
+    seed: int = 1
+
+    def apply(self, table: Table, task: Task) -> Table:
+        """Return the changed table.
+
+        Raises:
+            DataError: there are fewer rows, or no classes to choose another one from.
+        """
+        if self.rows:
+            try:
+                kept = draw_rows(len(table.ids), self.rows, self.seed)
+            except ValueError as error:
+                raise DataError(f"--train-rows {self.rows}: {table.path}: {error}") from error
+            table = select(table, np.isin(np.arange(len(table.ids)), kept))
+        if self.noise:
+            if not task.labels:
+                raise DataError(f"--label-noise {self.noise}: {table.path} has scores, not classes")
+            noisy, _ = replace_labels(table.labels, task.labels, self.noise, self.seed)
+            table = table._replace(labels=tuple(noisy), original_labels=table.labels)
+        return table
+
+
+NO_CHANGES = Changes()
 
 
 class Split(NamedTuple):
@@ -49,6 +86,7 @@ class Split(NamedTuple):
     out: Path
     labelled: bool
     hold_out: float
+    changes: Changes
     fingerprint: str  # of all that the result depends on
 
     def files(self) -> List[Path]:
@@ -62,13 +100,21 @@ class Split(NamedTuple):
         if self.labelled:
             endings = endings if self.task.labels else ("label",)
             found += [self.out / "label" / f"{self.name}.{ending}" for ending in endings]
+        if self.changes.noise:
+            found.append(self.out / "label" / f"{self.name}.replaced.tsv")
         if self.name.startswith("test"):
             found.append(self.out / "id" / f"{self.name}.txt")
         return found
 
 
 def splits_of(
-    folder: Path, name: str, task: Task, out: Path, bpe: Dict[str, Any], hold_out: float = 0.0
+    folder: Path,
+    name: str,
+    task: Task,
+    out: Path,
+    bpe: Dict[str, Any],
+    hold_out: float = 0.0,
+    changes: Changes = NO_CHANGES,
 ) -> Iterator[Split]:
     """Yield what is to be written of a task; files to predict may be missing."""
     files = {**task.splits(), **task.test_splits()}
@@ -82,8 +128,10 @@ def splits_of(
         labelled = not test or (task.own and has_labels(source, task))
         facts = [VERSION, task._asdict(), split, labelled]
         facts += [HOLD_OUT_SEED, hold_out] if hold_out else []
+        own = changes if file == "train" else NO_CHANGES
+        facts += own if own != NO_CHANGES else ()
         digest = fingerprint(facts, source, bpe)
-        yield Split(name, task, split, source, out, labelled, hold_out, digest)
+        yield Split(name, task, split, source, out, labelled, hold_out, own, digest)
 
 
 def check_splits(splits: List[Split], any_rows: bool) -> None:
@@ -102,6 +150,7 @@ def read_split(split: Split, any_rows: bool) -> Table:
     check_labels(table, split.task)
     if not any_rows:
         check_rows(split.source, split.task_name, split.task, len(table.ids))
+    table = split.changes.apply(table, split.task)
     if split.hold_out:
         held = held_out(len(table.ids), split.hold_out)
         table = select(table, held if split.name == "valid" else ~held)
@@ -128,6 +177,7 @@ def select(table: Table, chosen: np.ndarray) -> Table:
     return table._replace(
         sentences=[tuple(of(column)) for column in table.sentences],
         labels=tuple(of(table.labels)),
+        original_labels=tuple(of(table.original_labels)),
         ids=tuple(of(table.ids)),
         lines=of(table.lines),
     )
@@ -153,6 +203,19 @@ def write_split(split: Split, table: Table, encoding: Encoding, run: Map) -> flo
         ids = "".join(f"{name}\n" for name in table.ids)
         atomic_write(split.out / "id" / f"{split.name}.txt", ids)
     return unknown
+
+
+def write_replaced(split: Split, table: Table) -> int:
+    """Write which labels were replaced; return how many.
+
+    ``label/train.replaced.tsv`` has a line a row: its number in the split, from 0, which is its
+    ``id`` in fairseq's batches; the label that it had; the label that it has.
+    """
+    pairs = enumerate(zip(table.original_labels, table.labels))
+    lines = [f"{row}\t{old}\t{new}\n" for row, (old, new) in pairs if old != new]
+    path = split.out / "label" / f"{split.name}.replaced.tsv"
+    atomic_write(path, "row\toriginal\tlabel\n" + "".join(lines))
+    return len(lines)
 
 
 def label_dictionary(task: Task) -> Dictionary:
@@ -183,6 +246,11 @@ def write_task(
     }
     if splits[0].hold_out:
         record["hold_out"] = splits[0].hold_out
+    changes = splits[0].changes  # the first split is train
+    if changes.rows:
+        record["train_rows"] = {"rows": changes.rows, "seed": changes.seed}
+    if changes.noise:
+        record["label_noise"] = {"share": changes.noise, "seed": changes.seed}
     words = Path(encoding.dictionary).read_bytes()
     dictionaries = {f"input{i}/dict.txt": words for i in range(len(task.sentences))}
     if task.labels:
@@ -194,6 +262,8 @@ def write_task(
         rows = len(table.ids)
         dropped = f", {table.dropped} broken ones dropped" if table.dropped else ""
         entry = {"rows": rows, "labelled": split.labelled}
+        if split.changes.noise:
+            entry["replaced_labels"] = write_replaced(split, table)
         return entry, f"{rows} rows{dropped}, {unknown:.1%} <unk>"
 
     data_splits.write_splits(splits, record, entries, dictionaries, stale, write, f"{name} ")

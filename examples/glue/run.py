@@ -8,6 +8,13 @@ Every run is a fairseq-hydra-train command made of ``config/``: what all share, 
 recipe (backbone and task), methods.  What follows ``--`` are overrides for all of them.  The same
 command skips what is done and goes on with what was cut.  ``--list`` shows the runs, ``--only N``
 makes the N-th alone, as slurm.sbatch does.
+
+Your own task: any folder with train.tsv and dev.tsv beside GLUE's, its columns by --task-columns.
+A task without a recipe takes the backbone's default one, 10 epochs.  For experiments, --train-rows
+and --label-noise make the training data smaller and wrong in part.
+
+    python -m examples.glue.run --glue-dir DATA --tasks TREC --task-columns sentence label \\
+        --train-rows 1000 --label-noise 0.4 --checkpoint minilm/model.pt --backbone minilm ...
 """
 
 from __future__ import annotations
@@ -22,6 +29,8 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
+from deltasam_fairseq.data.splits import read_record
+from deltasam_fairseq.glue.tasks import TASKS, find_file, own_task, read_table
 from deltasam_fairseq.options import ranged
 from examples.common.runner import (
     Stage,
@@ -48,7 +57,10 @@ HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.
 }
 REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat", "distill")
 AVERAGES = ("swa", "ema")
-OWN_RECIPES = {"minilm": "bert_base"}  # of backbones that have none of their own
+OWN_RECIPES = {"minilm": "bert_base", "minilm_3": "bert_base"}  # of backbones without their own
+DEFAULT = "default"  # recipe of a backbone for tasks that have none; it counts epochs
+EPOCHS, BATCH = 10, 16
+WARMUP = 0.06  # share of the updates, of a default recipe
 PRECISIONS: Dict[str, List[str]] = {
     "fp32": [],
     "fp16": ["common.fp16=true"],
@@ -73,7 +85,21 @@ def common_options(description: str) -> argparse.ArgumentParser:
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
     add("--backbone", required=True, choices=names(CONFIG / "backbone"))
     add("--recipe", help="folder of config/recipe (default: that of the backbone)")
-    add("--tasks", nargs="+", default=list(GLUE), choices=GLUE)
+    add("--tasks", nargs="+", default=list(GLUE), help="of GLUE, or folders of --glue-dir")
+    add(
+        "--task-columns",
+        nargs=2,
+        metavar=("SENTENCE[,SENTENCE2]", "LABEL"),
+        help="of tasks that are not GLUE's: as --columns of glue.prepare",
+    )
+    add(
+        "--train-rows",
+        type=ranged(int, at_least=1),
+        metavar="N",
+        help="rows to train on, drawn",
+    )
+    add("--label-noise", type=float, metavar="SHARE", help="share of wrong labels to train on")
+    add("--noise-seed", type=int, default=1, help="of --train-rows and --label-noise (default: 1)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     add(
         "--bpe",
@@ -178,12 +204,70 @@ def check_common(args: argparse.Namespace) -> Optional[str]:
         return f"--checkpoint {args.checkpoint}: no such file; give fairseq's model.pt"
     if args.glue_dir is not None and not args.dict.is_file():
         return f"--dict {args.dict}: no such file; give the dict.txt of the checkpoint"
+    own = [task for task in args.tasks if task not in GLUE]
+    changes = [args.train_rows, args.label_noise, args.task_columns]
+    if args.glue_dir is None and any(value is not None for value in changes):
+        return "--train-rows, --label-noise, --task-columns: only with --glue-dir"
+    if args.glue_dir is not None and own and args.task_columns is None:
+        return f"--tasks {own[0]}: not a task of GLUE; give its columns by --task-columns"
+    if args.label_noise is not None and not 0 < args.label_noise < 1:
+        return f"--label-noise {args.label_noise:g}: give a share above 0 and below 1, as 0.4"
     for task in args.tasks:
-        recipe = CONFIG / "recipe" / args.recipe / f"{task}.yaml"
-        if not recipe.is_file():
-            known = ", ".join(names(CONFIG / "recipe"))
-            return f"--recipe {args.recipe}: {recipe} is missing; there are {known}"
+        if recipe_of(args, task) is None:
+            recipe, known = CONFIG / "recipe" / args.recipe, ", ".join(names(CONFIG / "recipe"))
+            return f"--recipe {args.recipe}: {recipe / task}.yaml is missing; there are {known}"
+    try:
+        args.sizes = {task: size_overrides(args, task) for task in args.tasks}
+    except ValueError as error:
+        return str(error)
     return None
+
+
+def recipe_of(args: argparse.Namespace, task: str) -> Optional[str]:
+    """Return the recipe of a task, or the default one of its backbone; None without either."""
+    own = f"{args.recipe}/{task}"
+    if (CONFIG / "recipe" / f"{own}.yaml").is_file():
+        return own
+    if not (CONFIG / "recipe" / args.recipe).is_dir():
+        return None
+    default = f"{args.backbone}/{DEFAULT}"
+    return default if (CONFIG / "recipe" / f"{default}.yaml").is_file() else None
+
+
+def size_overrides(args: argparse.Namespace, task: str) -> List[str]:
+    """Return the overrides of a default recipe that depend on the task's data; else none.
+
+    Raises:
+        ValueError: the data does not tell the classes and the number of rows.
+    """
+    if not str(recipe_of(args, task)).endswith(f"/{DEFAULT}"):
+        return []
+    if args.glue_dir is not None:
+        own = task not in GLUE
+        found = own_task(args.glue_dir, task, args.task_columns, 0) if own else TASKS[task]
+        rows = len(read_table(find_file(args.glue_dir, task, "train"), found).ids)
+        classes = len(found.labels)
+        rows = min(rows, args.train_rows or rows)
+        rows -= round(getattr(args, "hold_out", 0.0) * rows)
+    else:
+        record = read_record(args.data / task)
+        if not record:
+            raise ValueError(
+                f"--data {args.data}: {args.data / task}/task.json is missing, and {task} has no "
+                "recipe of its own; prepare it with python -m deltasam_fairseq.glue.prepare"
+            )
+        classes, rows = len(record["labels"]), record["splits"]["train"]["rows"]
+    updates = EPOCHS * -(-rows // BATCH)
+    scores = ["regression_target", "report_pearson_and_spearman"]
+    return [
+        f"task.num_classes={classes or 1}",
+        f"dataset.batch_size={BATCH}",
+        f"optimization.max_update={updates}",
+        f"lr_scheduler.total_num_update={updates}",
+        f"lr_scheduler.warmup_updates={int(WARMUP * updates)}",
+        *([] if classes else [f"criterion.{name}=true" for name in scores]),
+        f"checkpoint.best_checkpoint_metric={'accuracy' if classes else 'pearson_and_spearman'}",
+    ]
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
@@ -254,6 +338,9 @@ def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> L
         return []
     args.data = args.out / "data"
     bpe = [word for option in args.bpe_options for word in option_words(option)]
+    changes = ["--noise-seed", str(args.noise_seed)]
+    changes += ["--train-rows", str(args.train_rows)] if args.train_rows else []
+    changes += ["--label-noise", f"{args.label_noise:g}"] if args.label_noise else []
     return [
         Stage(
             f"encode {task}",
@@ -261,6 +348,8 @@ def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> L
                 *module("deltasam_fairseq.glue.prepare", "--glue-dir", args.glue_dir),
                 *("--task", task, "--dict", str(args.dict), "--bpe", args.bpe, *bpe),
                 *(("--any-rows",) if args.any_rows else ()),
+                *(() if task in GLUE else ("--columns", *args.task_columns)),
+                *(changes if args.train_rows or args.label_noise else ()),
                 *(() if held_out is None else ("--hold-out", f"{held_out:g}")),
                 *("--out", "{out}"),
             ],
@@ -295,7 +384,7 @@ def training(
         *(PYTHON, "-m", "fairseq_cli.hydra_train"),
         *("--config-dir", str(CONFIG), "--config-name", "glue"),
         f"+backbone={args.backbone}",
-        f"+recipe={args.recipe}/{task}",
+        f"+recipe={recipe_of(args, task)}",
         f"common.user_dir={quoted(ROOT / 'deltasam_fairseq')}",
         f"common.seed={seed}",
         f"common.cpu={str(not gpus).lower()}",
@@ -308,6 +397,7 @@ def training(
         "distributed_training.distributed_world_size=1",
         # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
         "dataset.data_buffer_size=0",
+        *args.sizes[task],
         *overrides,
     ]
     spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])

@@ -356,3 +356,48 @@ def test_every_method_of_every_task_has_its_files():
     assert overrides("delta_sam+swa", "CoLA") == ["+method=delta_sam", "+averaging=swa"]
     with pytest.raises(ValueError, match="--methods swa.ema: at most one"):
         overrides("swa+ema", "CoLA")
+
+
+class TestOwnTask:
+    """Any folder with train.tsv and dev.tsv; three classes, 40 rows."""
+
+    def args(self, folder, *more):
+        for file in ("train", "dev"):
+            rows = "".join(f"row {i}\tc{i % 3}\n" for i in range(40))
+            (folder / "MINE").mkdir(exist_ok=True)
+            (folder / "MINE" / f"{file}.tsv").write_text(f"sentence\tlabel\n{rows}")
+        (folder / "model.pt").touch()
+        (folder / "dict.txt").touch()
+        words = ["--glue-dir", folder, "--tasks", "MINE", "--checkpoint", folder / "model.pt"]
+        words += ["--backbone", "minilm", "--out", folder / "out", *more]
+        args = glue_run.parser().parse_args(list(map(str, words)))
+        return args, glue_run.check(args)
+
+    def test_default_recipe_and_changes(self, tmp_path):
+        """30 rows are 2 batches of 16, 20 updates in 10 epochs; warm-up is 6 % of them."""
+        more = ["--task-columns", "sentence", "label", "--train-rows", 30, "--label-noise", "0.4"]
+        args, wrong = self.args(tmp_path, *more, "--noise-seed", 7)
+        assert wrong is None
+        (encode,) = glue_run.preparation(args)
+        given = " ".join(encode.command)
+        assert "--columns sentence label" in given
+        assert "--noise-seed 7 --train-rows 30 --label-noise 0.4" in given
+        command = glue_run.training(args, "MINE", "sam", [], 1, 0).command
+        for word in (
+            *("+recipe=minilm/default", "task.num_classes=3", "optimization.max_update=20"),
+            *("lr_scheduler.total_num_update=20", "lr_scheduler.warmup_updates=1"),
+        ):
+            assert word in command
+
+    @pytest.mark.parametrize(
+        "more, expected",
+        [
+            ([], "--tasks MINE: not a task of GLUE; give its columns by --task-columns"),
+            (
+                ["--task-columns", "sentence", "label", "--label-noise", "1"],
+                "--label-noise 1: give",
+            ),
+        ],
+    )
+    def test_wrong_options(self, tmp_path, more, expected):
+        assert expected in self.args(tmp_path, *more)[1]

@@ -20,6 +20,7 @@ from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.glue import prepare as prepare_glue
 from deltasam_fairseq.glue import write_splits as glue_splits
 from deltasam_fairseq.glue.tasks import GLUE, TASKS, check_rows, find_file, read_table
+from deltasam_fairseq.glue.training_rows import draw_rows
 
 # Rows of train, the dev files and the test files, as GLUE publishes them.
 OFFICIAL = {
@@ -328,6 +329,55 @@ def test_held_out_rows_of_train_take_the_place_of_dev(tmp_path, gpt2):
     assert sentences(tmp_path / "one", "valid", gpt2) == ["dev"]
     with pytest.raises(DataError, match="--hold-out 0.01: leaves no row"):
         prepare(tmp_path, tmp_path / "no", "SST-2", gpt2, "--any-rows", "--hold-out", "0.01")
+
+
+def test_fewer_rows_with_wrong_labels(tmp_path, gpt2):
+    """10 of 20 rows, 4 labels of them wrong: the same again, listed, recorded; dev stays clean."""
+    rows = [(f"row {i}", str(i % 2)) for i in range(20)]
+    write_sst(tmp_path, rows, rows[:4])
+    words = ("--any-rows", "--train-rows", "10", "--label-noise", "0.4", "--noise-seed", "3")
+    prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, *words)
+    clean = ("--any-rows", "--train-rows", "10", "--noise-seed", "3")
+    prepare(tmp_path, tmp_path / "clean", "SST-2", gpt2, *clean)
+    kept = sentences(tmp_path / "out", "train", gpt2)
+    assert kept == sentences(tmp_path / "clean", "train", gpt2)
+    assert kept == [f"row {i}" for i in draw_rows(20, 10, 3)]
+
+    def labels(out, split):
+        return [int(item["target"]) for item in load(tmp_path / out, split, 2)]
+
+    wrong, right = labels("out", "train"), labels("clean", "train")
+    assert right == [int(sentence.split()[1]) % 2 for sentence in kept]
+    listed = (tmp_path / "out" / "label" / "train.replaced.tsv").read_text().splitlines()
+    differ = [i for i in range(10) if wrong[i] != right[i]]
+    assert len(differ) == 4
+    assert listed == ["row\toriginal\tlabel", *(f"{i}\t{right[i]}\t{wrong[i]}" for i in differ)]
+    assert labels("out", "valid") == [0, 1, 0, 1]
+    record = json.loads((tmp_path / "out" / "task.json").read_text())
+    assert record["label_noise"] == {"share": 0.4, "seed": 3}
+    assert record["train_rows"] == {"rows": 10, "seed": 3}
+    assert record["splits"]["train"]["replaced_labels"] == 4
+
+
+def test_held_out_rows_have_wrong_labels_too(tmp_path, gpt2):
+    """They are rows of the training data, which a user cannot tell apart."""
+    write_sst(tmp_path, [(f"row {i}", str(i % 2)) for i in range(20)], [("dev", "1")])
+    words = ("--any-rows", "--label-noise", "0.5", "--hold-out", "0.5")
+    prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, *words)
+    splits = json.loads((tmp_path / "out" / "task.json").read_text())["splits"]
+    found = [splits[split]["replaced_labels"] for split in ("train", "valid")]
+    assert sum(found) == 10 and min(found) > 0
+
+
+def test_changes_that_cannot_be_made(tmp_path, gpt2):
+    write_sst(tmp_path, [("row", "0"), ("other", "1")], [("dev", "1")])
+    words = ("--any-rows", "--train-rows", "3")
+    with pytest.raises(DataError, match="--train-rows 3: .*give 1 to 2"):
+        prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, *words)
+    write_sts(tmp_path, ["1", "2"])
+    with pytest.raises(DataError, match="--label-noise 0.5: .* has scores, not classes"):
+        words = ("--any-rows", "--label-noise", "0.5")
+        prepare(tmp_path, tmp_path / "out", "STS-B", gpt2, *words)
 
 
 @pytest.mark.parametrize("share", ["0", "1", "-0.1", "nan", "all"])
