@@ -126,7 +126,7 @@ class TestCriterion:
             loss.sum().backward()
             grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
             log = {k: torch.as_tensor(v).float() for k, v in log.items()}
-            results.append((loss.sum(), torch.as_tensor(sample_size), log, grads))
+            results.append((loss.sum().float(), torch.as_tensor(sample_size), log, grads))
         torch.testing.assert_close(results[1], results[0])
 
     def test_loss_of_a_sentence_is_its_loss_alone(self, data_of, tmp_path, name):
@@ -142,7 +142,7 @@ class TestCriterion:
             ids = [int(dataset.collater([item])["id"]) for item in items]
             alone = [alone[ids.index(int(i))] for i in order]
         assert together.shape == (5,)
-        torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(together.float(), torch.stack(alone), rtol=1e-4, atol=1e-5)
 
     def test_sample_is_not_changed(self, data_of, tmp_path, name):
         _, model, criterion, sample = self.setup_run(data_of, tmp_path, name)
