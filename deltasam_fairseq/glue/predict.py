@@ -62,6 +62,18 @@ def check_origin(path: Path, cfg: Any, origin: Path, record: Dict[str, Any]) -> 
     made = read_record(origin)
     if made and made["task"] != record["task"]:
         raise DataError(f"--path {path}: trained on {made['task']}, the data is {record['task']}")
+    remedy = f"run glue.prepare with the columns that {origin} was made with"
+    if made and made.get("sentences") != record.get("sentences"):
+        raise DataError(
+            f"--path {path}: trained on rows of {made['sentences']} sentences, the data has "
+            f"{record['sentences']}; {remedy}"
+        )
+    columns = [found.get("columns", []) for found in (made, record)]
+    if sorted(columns[0]) == sorted(columns[1]) and columns[0] != columns[1]:
+        raise DataError(
+            f"--path {path}: trained on the columns {', '.join(columns[0])} in this order, the "
+            f"data has {', '.join(columns[1])}; {remedy}"
+        )
     names = origin / "label" / "dict.txt"
     if names.is_file() and record["scale"] is None:
         labels = Dictionary.load(str(names)).symbols[Dictionary().nspecial :]
@@ -87,6 +99,14 @@ def scores(models: Sequence[Any], task: Any, cfg: Any, split: str, batch_size: i
     """Return the models' mean class probabilities (N, classes), or mean predictions (N, 1)."""
     task.load_dataset(split)
     dataset = task.dataset(split)
+    lengths = [dataset.size(i) for i in range(len(dataset))]
+    limit = min(model.max_positions() for model in models)
+    if max(lengths) > limit:
+        raise DataError(
+            f"--data {task.cfg.data}, {split}: row {lengths.index(max(lengths)) + 1} has "
+            f"{max(lengths)} tokens, more than the {limit} positions of the model (its "
+            "--max-positions); cut it in the TSV file and run glue.prepare again"
+        )
     regression = cfg.criterion.regression_target
     kwargs = {
         "features_only": True,

@@ -22,8 +22,9 @@ out; dev.tsv stays as it is.  label/train.replaced.tsv lists the replaced ones.
 
 Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
 ``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
-line) or numbered from 1 (they have none): for sentence<TAB>label it is ``--columns 1 2``.  Labels
-are any text; --regression is for scores.
+line) or numbered from 1: for sentence<TAB>label it is ``--columns 1 2``.  Whether files of
+numbered columns have a header line is seen by their content, or said by --header.  Labels are any
+text, without the blanks around them; --regression is for scores.
 
 --dict and the files of the BPE may be URLs.  One that ends in #sha256=HEX is checked.
 """
@@ -57,11 +58,12 @@ def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
         raise DataError(
             f"--task {own[0]}: GLUE has {', '.join(GLUE)}; for data of your own give --columns"
         )
-    if not own and (args.columns or args.regression):
-        raise DataError("--columns, --regression: only for data of your own, see --task")
+    if not own and (args.columns or args.regression or args.header):
+        raise DataError("--columns, --regression, --header: only for data of your own, see --task")
     scale = args.regression or 0.0
+    more = (args.columns, scale, args.header)
     return {
-        name: TASKS[name] if name in TASKS else own_task(args.glue_dir, name, args.columns, scale)
+        name: TASKS[name] if name in TASKS else own_task(args.glue_dir, name, *more)
         for name in names
     }
 
@@ -102,6 +104,11 @@ def parser() -> argparse.ArgumentParser:
     add("--task", nargs="+", required=True, help=f"all, or of {', '.join(TASKS)}, or your own")
     add("--out", type=Path, required=True, help="folder to write; of several tasks: their parent")
     add("--columns", nargs=2, metavar=("SENTENCE[,SENTENCE2]", "LABEL"), help="of your own task")
+    add(
+        "--header",
+        choices=("yes", "no"),
+        help="whether files of numbered columns begin with a header line (default: by content)",
+    )
     add(
         "--regression",
         nargs="?",

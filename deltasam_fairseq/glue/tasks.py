@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from pathlib import Path
-from typing import Dict, List, NamedTuple, Sequence, Tuple
+from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 from deltasam_fairseq.data.files import NOT_DATA, DataError
 
@@ -26,6 +26,7 @@ class Task(NamedTuple):
         valid, test: files, without their ending.
         exact: rows that have another number of columns are dropped, 0: are kept.
         scale: a score is divided by it for the model, and has to lie between 0 and it (0: any).
+        skip_first: the first line of a file is a header, though columns are numbered.
         own: a task of the user's: every row has as many columns as the first; test may be labelled.
     """
 
@@ -39,6 +40,7 @@ class Task(NamedTuple):
     exact: int = 0
     scale: float = 1.0
     own: bool = False
+    skip_first: bool = False
 
     @property
     def header(self) -> bool:
@@ -127,6 +129,10 @@ KNOWN_ROWS = {
 }
 
 
+QUOTING = "; quotation marks do not quote here: no cell holds a tab or the end of a line"
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
+
+
 def find_file(folder: Path, name: str, file: str) -> Path:
     """Return the path of a task's file.
 
@@ -197,9 +203,12 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
     """
     rows = read_lines(path)
     columns = (*task.sentences, task.label) if labelled else task.sentences
-    header = task.names
-    if rows and set(columns) <= set(rows[0]):
-        header = tuple(rows.pop(0))
+    header, begin = task.names, 1
+    if task.skip_first and rows:
+        del rows[0]
+        begin = 2
+    elif rows and set(columns) <= set(rows[0]):
+        header, begin = tuple(rows.pop(0)), 2
     elif not header:
         found = ", ".join(rows[0]) if rows else "nothing"
         raise DataError(f"{path}, line 1: expected columns {', '.join(columns)}, found {found}")
@@ -207,19 +216,20 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
     needed = 1 + max(where)
     exact = task.exact if labelled else 0
     kept, lines = [], []
-    for line, row in enumerate(rows, start=2 if header is not task.names else 1):
+    for line, row in enumerate(rows, start=begin):
         if exact and len(row) != exact:
             continue
         if len(row) < needed or (task.own and len(row) != len(rows[0])):
             short = len(row) < needed
             expected = f"{needed} or more" if short else f"{len(rows[0])} as in the first row"
-            raise DataError(f"{path}, line {line}: {len(row)} columns, expected {expected}")
+            hint = QUOTING if any(cell.startswith('"') for cell in row) else ""
+            raise DataError(f"{path}, line {line}: {len(row)} columns, expected {expected}{hint}")
         kept.append(row)
         lines.append(line)
     if not kept:
         raise DataError(f"{path} has no rows")
     by_column = [tuple(row[column] for row in kept) for column in where]
-    labels = by_column.pop() if labelled else ()
+    labels = tuple(label.strip() for label in by_column.pop()) if labelled else ()
     ids = next((header.index(column) for column in ID_COLUMNS if column in header), None)
     names = tuple(str(i) if ids is None else row[ids] for i, row in enumerate(kept))
     return Table(path, by_column, labels, names, lines, len(rows) - len(kept))
@@ -251,13 +261,35 @@ def _is_score(text: str, highest: float) -> bool:
     return math.isfinite(score) and (not highest or 0 <= score <= highest)
 
 
-def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> Task:
+def quoting_hint(table: Table) -> str:
+    """Return a sentence about cells that look quoted as in CSV; empty if there are none."""
+    lines = [
+        line
+        for line, *cells in zip(table.lines, *table.sentences)
+        if any(re.fullmatch('".*"".*"', cell.strip()) for cell in cells)
+    ]
+    if not lines:
+        return ""
+    return (
+        f"{table.path}: {len(lines)} rows look quoted as in CSV, the first in line {lines[0]}; "
+        "quotation marks are taken as text: if they are not, write the file without quoting"
+    )
+
+
+def own_task(
+    folder: Path, name: str, columns: Sequence[str], scale: float, header: Optional[str] = None
+) -> Task:
     """Return a task of the user's; its classes are the labels of its train.tsv, sorted.
 
     Args:
         columns: as for --columns; by name (the files have a header line) or by number, from 1
             (they have none).
         scale: scores are divided by it; 0: the labels are classes.
+        header: yes or no, for numbered columns: whether the files begin with a header line, which
+            is dropped; None: see by their content.
+
+    Raises:
+        DataError: the files or the options are not right.
     """
     sentences, label = tuple(columns[0].split(",")), columns[1]
     if not 1 <= len(sentences) <= 2:
@@ -268,15 +300,76 @@ def own_task(folder: Path, name: str, columns: Sequence[str], scale: float) -> T
         sentences, label = tuple(f"column {column}" for column in sentences), f"column {label}"
     task = Task(sentences, label, (), {}, names, scale=scale or 1.0, own=True)
     train = find_file(folder, name, "train")
-    if names and read_lines(train)[:1] == read_lines(find_file(folder, name, "dev"))[:1]:
+    if not names and header == "no":
         raise DataError(
-            f"{train}: its first line is that of dev.tsv too, so it looks like a header; "
-            "give the names of the columns to --columns"
+            f"--header no: --columns {' '.join(columns)} are names, which a header line has; give "
+            "their numbers, from 1"
         )
+    if names and header != "no":
+        skip = header == "yes" or _has_header(train, task, bool(scale))
+        task = task._replace(skip_first=skip)
     if scale:
         return task
     labels = sorted(set(read_table(train, task).labels))
+    numbers: Dict[float, str] = {}
     for label in labels:
-        if not label.strip() or label in FAIRSEQ_SYMBOLS:
+        if not label or label in FAIRSEQ_SYMBOLS:
             raise DataError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
+        same = numbers.setdefault(float(label), label) if _NUMBER.fullmatch(label) else label
+        if same != label:
+            raise DataError(
+                f"{train}: the labels {same!r} and {label!r} are the same number; write it in one "
+                "way, or give --regression if they are scores"
+            )
+    if len(labels) < 2:
+        raise DataError(
+            f"{train}: every row has the label {labels[0]!r}, so that there is nothing to learn; "
+            f"is {columns[1]} in --columns {' '.join(columns)} the column of the labels?"
+        )
     return task._replace(labels=tuple(labels))
+
+
+def _has_header(train: Path, task: Task, scores: bool) -> bool:
+    """See by their content whether files of numbered columns begin with a header line.
+
+    The first line of train.tsv is one if no other row has its label and another file begins with
+    the same sentences; with scores, if its label is no number, and that of the next row is.
+
+    Raises:
+        DataError: it cannot be told, or only some of the files have one.
+    """
+    *places, place = (task.names.index(column) for column in (*task.sentences, task.label))
+
+    def sentences(row: Sequence[str]) -> List[str]:
+        return [row[i] for i in places if i < len(row)]
+
+    def label(row: Sequence[str]) -> str:
+        return row[place].strip() if place < len(row) else ""
+
+    first, *rest = read_lines(train) or [[]]
+    others = [train.with_name(f"{file}.tsv") for file in (*task.valid, *task.test)]
+    files = {path: read_lines(path) for path in others if path.is_file()}
+    labels = {label(row) for row in rest}
+    for lines in files.values():
+        labels |= {label(row) for row in lines if sentences(row) != sentences(first)}
+    if scores:
+        header = bool(rest) and not _is_score(label(first), 0) and _is_score(label(rest[0]), 0)
+    else:
+        header = bool(rest) and label(first) not in labels
+    begins = {
+        path: sentences(lines[0]) == sentences(first) for path, lines in files.items() if lines
+    }
+    if header and not scores and not any(begins.values()):
+        raise DataError(
+            f"{train}, line 1: no other row has the label {label(first)!r}; give --header yes if "
+            "it is a header line, --header no if it is a row"
+        )
+    if header and not all(begins.values()):
+        path = next(path for path, same in begins.items() if not same)
+        raise DataError(
+            f"{train} begins with a header line, {path} with another line; make them alike, or "
+            "give --header yes if every file has one, --header no if none has"
+        )
+    if header:
+        print(f"{train}: line 1 is taken for a header line; --header no takes it for a row")
+    return header

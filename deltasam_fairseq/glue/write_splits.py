@@ -27,11 +27,12 @@ from deltasam_fairseq.glue.tasks import (
     check_rows,
     find_file,
     has_labels,
+    quoting_hint,
     read_table,
 )
 from deltasam_fairseq.glue.training_rows import draw_rows, replace_labels
 
-VERSION = 1  # of task.json, and of how the data is written
+VERSION = 2  # of task.json, and of how the data is written
 FOLDERS = ("input0", "input1", "label", "id")
 HOLD_OUT_SEED = 1
 
@@ -258,6 +259,9 @@ def write_task(
 
     def write(split: Split) -> Tuple[Entry, str]:
         table = read_split(split, any_rows)
+        hint = quoting_hint(table) if task.own else ""
+        if hint:
+            print(hint)
         unknown = write_split(split, table, encoding, run)
         rows = len(table.ids)
         dropped = f", {table.dropped} broken ones dropped" if table.dropped else ""

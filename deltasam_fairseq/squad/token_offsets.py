@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from typing import Any, Iterator, List, NamedTuple, Sequence, Tuple
+import unicodedata
+from typing import Any, Iterable, Iterator, List, NamedTuple, Sequence, Tuple
 
 import numpy as np
 
@@ -18,7 +19,8 @@ class Encoded(NamedTuple):
     Attributes:
         tokens: numbers in the dictionary, shape (n,); one that is not known is <unk>.
         offsets: characters at which each begins and behind which it ends, without white space at
-            its ends, shape (n, 2). Empty where it is nothing else.
+            its ends, shape (n, 2). Empty where it is nothing else. A token also has the visible
+            characters next to it that the BPE drops, such as the accents that BERT removes.
     """
 
     tokens: np.ndarray
@@ -28,11 +30,30 @@ class Encoded(NamedTuple):
         """Return the first and the last token of the characters from ``begin`` to before ``end``.
 
         The tokens cover the characters; they cover more where an answer begins or ends inside of
-        a token. Characters that no token has (a BPE may drop some) give last < first.
+        a token. Characters that no token has (see `covers`) give last < first.
         """
         starts, ends = self.offsets[:, 0], self.offsets[:, 1]
         (inside,) = np.nonzero((starts < end) & (ends > begin) & (starts < ends))
         return (int(inside[0]), int(inside[-1])) if len(inside) else (0, -1)
+
+    def covers(self, text: str, begin: int, end: int) -> bool:
+        """Whether the tokens of `span` have the visible characters from ``begin`` to ``end``.
+
+        A BPE may drop a word: between spaces, BERT's a lone accent.
+        """
+        first, last = self.span(begin, end)
+        while begin < end and not _is_visible(text[begin]):
+            begin += 1
+        while begin < end and not _is_visible(text[end - 1]):
+            end -= 1
+        if first > last:
+            return False
+        return begin == end or (self.offsets[first][0] <= begin and end <= self.offsets[last][1])
+
+
+def _is_visible(char: str) -> bool:
+    """Whether a character is neither white space nor a control or format character."""
+    return not char.isspace() and unicodedata.category(char) not in ("Cc", "Cf")
 
 
 @functools.lru_cache(maxsize=1)
@@ -48,7 +69,8 @@ def encode(encoding: Encoding, texts: Sequence[str]) -> List[Encoded]:
     for text in texts:
         pieces = [(piece, *_trimmed(text, begin, end)) for piece, begin, end in make(bpe, text)]
         tokens = np.array([dictionary.index(piece) for piece, _, _ in pieces], dtype=np.int64)
-        offsets = np.array([span for _, *span in pieces], dtype=np.int64).reshape(-1, 2)
+        spans = _with_dropped(text, [(begin, end) for _, begin, end in pieces])
+        offsets = np.array(spans, dtype=np.int64).reshape(-1, 2)
         found.append(Encoded(tokens, offsets))
     return found
 
@@ -59,6 +81,35 @@ def _trimmed(text: str, begin: int, end: int) -> Tuple[int, int]:
     while begin < end and text[end - 1].isspace():
         end -= 1
     return begin, end
+
+
+def _with_dropped(text: str, spans: Sequence[Tuple[int, int]]) -> List[Tuple[int, int]]:
+    """Extend spans over the visible characters beside them that no token has.
+
+    Those behind a token, up to white space, are its; those at the beginning of a word go to the
+    token that follows. Control and format characters at the outer end stay without one.
+    """
+    limits, limit = [], len(text)  # of each token: where the next one begins
+    for begin, end in reversed(spans):
+        limits.append(limit)
+        limit = begin if begin < end else limit
+    found, before = [], 0
+    for (begin, end), limit in zip(spans, reversed(limits)):
+        if begin < end:
+            begin = _reach(text, range(begin - 1, before - 1, -1), begin)
+            end = _reach(text, range(end, limit), end - 1) + 1
+            before = max(before, end)
+        found.append((begin, end))
+    return found
+
+
+def _reach(text: str, places: Iterable[int], reached: int) -> int:
+    """Return the last visible one of the places before white space; ``reached`` if none is."""
+    for i in places:
+        if text[i].isspace():
+            break
+        reached = i if _is_visible(text[i]) else reached
+    return reached
 
 
 def _gpt2(bpe: Any, text: str) -> Iterator[Piece]:

@@ -34,7 +34,7 @@ from deltasam_fairseq.squad.read_json import Question, Squad, read_squad
 from deltasam_fairseq.squad.token_offsets import Encoded, encode
 from deltasam_fairseq.squad.windows import Layout, Window
 
-VERSION = 1  # of task.json, and of how the data is written
+VERSION = 2  # of task.json, and of how the data is written
 ENDINGS = ("bin", "idx", "windows.npy", "offsets.bin", "offsets.idx", "json")
 INTEGERS = 1 << 30  # a vocabulary of numbers that need 32 bits
 
@@ -92,10 +92,25 @@ def read_split(split: Split, encoding: Encoding, run: Map) -> Content:
     contexts: List[Encoded] = in_chunks(work, squad.contexts, run)
     texts: List[Encoded] = in_chunks(work, [question.text for question in squad.questions], run)
     unknown_share(split.source, encoding, [text.tokens for text in (*contexts, *texts)])
-    for question in squad.questions:
-        if not len(contexts[question.context].tokens):
-            raise DataError(f"{split.source}, question {question.id}: its context is empty")
-    return Content(squad, contexts, texts)
+    kept = []
+    for i, question in enumerate(squad.questions):
+        context, place = contexts[question.context], f"{split.source}, question {question.id}"
+        if not len(context.tokens):
+            raise DataError(f"{place}: its context is empty")
+        for text, start in question.answers[:1]:
+            if context.covers(squad.contexts[question.context], start, start + len(text)):
+                kept.append(i)
+            elif not split.any_rows:
+                raise DataError(
+                    f"{place}: the answer {text!r} is of characters that --bpe {encoding.bpe} "
+                    "drops, or begins or ends with a word of such; correct it, or take another "
+                    "BPE (--any-rows drops such questions)"
+                )
+        if not question.answers:
+            kept.append(i)
+    dropped = squad.dropped + len(squad.questions) - len(kept)
+    squad = squad._replace(questions=[squad.questions[i] for i in kept], dropped=dropped)
+    return Content(squad, contexts, [texts[i] for i in kept])
 
 
 def write_split(split: Split, content: Content, dictionary: Dictionary) -> Dict[str, Any]:

@@ -485,7 +485,15 @@ def test_own_task_of_pairs_with_scores(tmp_path, gpt2):
     "rows, words, message",
     [
         (LABELS, [], "--task MINE: GLUE has .*--columns"),
-        ([("sentence", "label"), *LABELS], ["--columns", "1", "2"], "looks like a header"),
+        ([("text", "mood"), *LABELS], ["--columns", "1", "2"], "'mood'; give --header yes if"),
+        (LABELS, ["--columns", "text", "mood", "--header", "no"], "--header no: --columns text mo"),
+        ([("a", "x"), ("b", "x ")], ["--columns", "1", "2"], "every row has the label 'x'"),
+        (
+            [("a", "0"), ("b", "1"), ("c", "1.0")],
+            ["--columns", "1", "2", "--header", "no"],
+            "the labels '1' and '1.0' are the same number",
+        ),
+        ([*LABELS, ('"a', "b", "c")], ["--columns", "1", "2"], "marks do not quote here"),
         (LABELS, ["--columns", "text", "mood"], "expected columns text, mood, found fine, so so"),
         (LABELS, ["--columns", "1,1,1", "2"], "one or two sentences"),
         (LABELS, ["--columns", "1", "2", "--regression"], "line 1: label 'so so', expected a n"),
@@ -495,11 +503,67 @@ def test_own_task_of_pairs_with_scores(tmp_path, gpt2):
 )
 def test_own_task_that_is_not_right(rows, words, message, tmp_path, gpt2):
     write(tmp_path / "MINE" / "train.tsv", *rows)
-    write(tmp_path / "MINE" / "dev.tsv", rows[0], *rows[2:4])
-    if "header" not in message:
-        write(tmp_path / "MINE" / "dev.tsv", *rows[-1:0:-1])
+    write(tmp_path / "MINE" / "dev.tsv", *rows[-1:0:-1])
     with pytest.raises(DataError, match=message):
         prepare(tmp_path, tmp_path / "out", "MINE", gpt2, *words)
+
+
+def prepare_own(glue, out, gpt2, *words, **files):
+    """Prepare MINE of numbered columns; return its labels, and the sentences of each split."""
+    for file in ("train", "dev", "test"):
+        (glue / "MINE" / f"{file}.tsv").unlink() if (glue / "MINE" / f"{file}.tsv").exists() else 0
+    for file, rows in files.items():
+        write(glue / "MINE" / f"{file}.tsv", *rows)
+    prepare(glue, out, "MINE", gpt2, "--columns", "1", "2", *words)
+    record = json.loads((out / "task.json").read_text())
+    return record["labels"], {split: sentences(out, split, gpt2) for split in record["splits"]}
+
+
+def test_a_header_line_over_numbered_columns(tmp_path, gpt2, capsys):
+    """It is no class, and no sentence to predict."""
+    top = ("text", "mood")
+    files = {"train": [top, *LABELS], "dev": [top, *LABELS[::-1]], "test": [top[:1], ("new",)]}
+    for words in ((), ("--header", "yes")):
+        labels, found = prepare_own(tmp_path, tmp_path / f"out{len(words)}", gpt2, *words, **files)
+        assert labels == ["bad", "so so", "very good"]
+        assert found["train"] == ["fine", "good", "poor", "ok"] and found["test"] == ["new"]
+    assert capsys.readouterr().out.count("line 1 is taken for a header line; --header no") == 1
+    with pytest.raises(DataError, match="begins with a header line, .*test.tsv with another line"):
+        prepare_own(tmp_path, tmp_path / "no", gpt2, **{**files, "test": [("new",)]})
+    labels, found = prepare_own(tmp_path, tmp_path / "rows", gpt2, "--header", "no", **files)
+    assert "mood" in labels and found["test"] == ["text", "new"]
+
+
+def test_files_that_share_their_first_row_have_no_header(tmp_path, gpt2):
+    labels, found = prepare_own(tmp_path, tmp_path / "out", gpt2, train=LABELS, dev=LABELS)
+    assert labels == ["bad", "so so", "very good"] and found["valid"][0] == "fine"
+
+
+def test_a_header_line_over_scores(tmp_path, gpt2):
+    rows = [("text", "score"), ("a", "0.5"), ("b", "2")]
+    words = ("--regression",)
+    _, found = prepare_own(tmp_path, tmp_path / "out", gpt2, *words, train=rows, dev=rows)
+    assert found["train"] == found["valid"] == ["a", "b"]
+
+
+def test_blanks_around_labels_make_no_class(tmp_path, gpt2):
+    rows = [("a", "pos"), ("b", "pos "), ("c", " neg"), ("d", "neg")]
+    labels, _ = prepare_own(tmp_path, tmp_path / "out", gpt2, train=rows, dev=rows[::-1])
+    assert labels == ["neg", "pos"]
+    data = load(tmp_path / "out", "train", 2)
+    assert [data[i]["target"].item() for i in range(4)] == [1, 1, 0, 0]
+
+
+def test_quoting_as_in_csv_is_named(tmp_path, gpt2, capsys):
+    rows = [("a", "x"), ('"he said ""yes"" twice"', "y"), ('"b"', "x"), ('c ""', "y")]
+    _, found = prepare_own(tmp_path, tmp_path / "out", gpt2, train=rows, dev=LABELS_XY)
+    assert found["train"] == [text for text, _ in rows]
+    output = capsys.readouterr().out
+    assert "train.tsv: 1 rows look quoted as in CSV, the first in line 2" in output
+    assert "dev.tsv: " not in output
+
+
+LABELS_XY = [("a", "y"), ("b", "x")]
 
 
 def write_sts(glue, scores):
@@ -587,6 +651,7 @@ def test_options_that_do_not_go_together(tmp_path, gpt2):
         (["--sentencepiece-model", "x"], "--sentencepiece-model is for --bpe sentencepiece"),
         (["--wordpiece-cased"], "--wordpiece-cased is for --bpe wordpiece"),
         (["--columns", "1", "2"], "only for data of your own"),
+        (["--header", "no"], "only for data of your own"),
         (["--gpt2-vocab-bpe", "absent"], "--gpt2-vocab-bpe absent: no such file"),
         (["--dict", tmp_path / "dict.txt"], "2 of 2 tokens are not in --dict|1 of 1 tokens"),
     ):
