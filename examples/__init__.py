@@ -1,0 +1,1 @@
+"""Whole experiments, each with one command: entry points, nothing to import from elsewhere."""

@@ -1,0 +1,1 @@
+"""Set-up and benchmark: entry points, nothing to import from elsewhere."""

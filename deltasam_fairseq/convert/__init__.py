@@ -1,0 +1,1 @@
+"""Hugging Face to fairseq and back: ``python -m deltasam_fairseq.convert``."""

@@ -1,0 +1,1 @@
+"""What all programs that prepare data share: encoding, files, options."""

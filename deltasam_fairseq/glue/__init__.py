@@ -1,0 +1,1 @@
+"""GLUE and your own TSV files: prepare the data, write predictions."""

@@ -1,0 +1,1 @@
+"""What the example programs share: running stages, reading logs, data made here."""

@@ -1,0 +1,1 @@
+"""A small transformer and its BLEU with one command."""

@@ -1,0 +1,1 @@
+"""SQuAD with one command."""

@@ -1,0 +1,1 @@
+"""The report of a folder of runs: ``python -m examples.glue.report``."""

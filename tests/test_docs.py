@@ -1,0 +1,39 @@
+"""docs/: the map names every file, and links lead somewhere."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
+PAGES += sorted((ROOT / "examples").rglob("README.md"))
+
+
+def test_the_map_has_every_file_and_no_other():
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    tree = page.split("```")[1]
+    listed, folder = set(), []
+    for line in tree.strip("\n").splitlines():
+        name = line.split()[0]
+        depth = (len(line) - len(line.lstrip())) // 2
+        folder = folder[:depth]
+        if name.endswith("/"):
+            folder.append(name[:-1])
+        else:
+            listed.add("/".join([*folder, name]))
+    there = {
+        str(path.relative_to(ROOT))
+        for top in ("deltasam_fairseq", "examples", "scripts")
+        for path in (ROOT / top).rglob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert listed == there
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_links_lead_to_files(page):
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
