@@ -280,6 +280,26 @@ def search(raw, out, *more, code=0):
     return output_of(command, code, folder)
 
 
+def test_an_own_task_is_trained_by_the_default_recipe(raw, tmp_path):
+    """CoLA's rows under another name, 32 of them, 13 labels wrong: 2 batches, 10 epochs."""
+    folder, start = raw
+    shutil.copytree(folder / "GLUE" / "CoLA", tmp_path / "DATA" / "MINE")
+    small = [word for word in SMALL if "max_update" not in word]
+    command = [
+        *(sys.executable, "-m", "examples.glue.run", "--glue-dir", tmp_path / "DATA"),
+        *("--tasks", "MINE", "--task-columns", "4", "2", "--train-rows", "32"),
+        *("--label-noise", "0.4", "--checkpoint", start / "checkpoint_last.pt"),
+        *("--dict", folder / "dict.txt", "--bpe", "wordpiece"),
+        *("--bpe-options", f"wordpiece-vocab={folder / 'vocab.txt'}", "--backbone", "roberta_base"),
+        *("--methods", "sam", "--seeds", "1", "--cores", "1", "--out", tmp_path / "out"),
+    ]
+    assert "1 of 1 runs are done" in output_of([*command, "--", *small], 0, folder)
+    log = (tmp_path / "out" / "MINE" / "sam-seed1" / "train.log").read_text()
+    assert '"train_num_updates": "20"' in log and '"train_sharpness"' in log
+    record = json.loads((tmp_path / "out" / "data" / "MINE" / "task.json").read_text())
+    assert record["splits"]["train"]["replaced_labels"] == 13
+
+
 class TestSearch:
     def test_the_best_of_the_held_out_rows_is_chosen(self, raw, tmp_path):
         """rho by SAM's scores, then beta by delta-SAM's, as the logs have them; dev is not read."""
