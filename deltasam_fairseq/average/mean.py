@@ -1,14 +1,20 @@
 """The mean of checkpoints."""
 
 import logging
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 from fairseq.file_io import PathManager
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import running_mean_
-from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.checkpoints import (
+    CheckpointDamagedError,
+    CheckpointRefusedError,
+    DataMismatchError,
+    DataRecord,
+    fit_to_data,
+)
 from deltasam_fairseq.checkpoints.reading import read_safely
 from deltasam_fairseq.options import UsageError
 from deltasam_fairseq.trainer.checkpoint_state import RAW, WEIGHT_AVERAGE
@@ -133,12 +139,22 @@ def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
         raw: see --raw.
 
     Raises:
-        UsageError: a file that cannot be read, or is of another model.
+        UsageError: a file that cannot be read, or is of another model or other data.
     """
     averagers: Dict[str, Averager] = {}
+    reference: Optional[DataRecord] = None
     for path in paths:
         state = read(path)
-        for owner, module in _weights(state, path, raw).items():
+        modules = _weights(state, path, raw)
+        record = DataRecord.of_checkpoint(state)
+        if record.known and reference is not None:
+            fitted = {**state, "model": modules["model"]}
+            try:
+                fit_to_data(fitted, reference, f"{path}, the first is {paths[0]}", rescales=False)
+            except DataMismatchError as e:
+                raise UsageError(str(e)) from e
+        reference = reference or (record if record.known else None)
+        for owner, module in modules.items():
             averagers.setdefault(owner, Averager()).add(module, path)
     for owner, averager in averagers.items():
         state[owner] = averager.result()

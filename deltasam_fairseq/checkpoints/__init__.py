@@ -16,7 +16,14 @@ measured, and why no class on the list is a way in.
 from deltasam_fairseq.checkpoints.allow_list import allow, allowed_globals
 from deltasam_fairseq.checkpoints.data_record import DataRecord
 from deltasam_fairseq.checkpoints.errors import CheckpointDamagedError, CheckpointRefusedError
-from deltasam_fairseq.checkpoints.fit_to_data import DataMismatchError, fit_start, fit_to_data
+from deltasam_fairseq.checkpoints.fit_to_data import (
+    DataMismatchError,
+    Loaded,
+    fit_start,
+    fit_to_data,
+    load_on_data,
+    require_same_tokens,
+)
 from deltasam_fairseq.checkpoints.install import install
 from deltasam_fairseq.checkpoints.literal import literal_eval
 from deltasam_fairseq.checkpoints.unpickler import RestrictedUnpickler, restricted_pickle
@@ -26,6 +33,7 @@ __all__ = [
     "CheckpointRefusedError",
     "DataMismatchError",
     "DataRecord",
+    "Loaded",
     "RestrictedUnpickler",
     "allow",
     "allowed_globals",
@@ -33,5 +41,7 @@ __all__ = [
     "fit_to_data",
     "install",
     "literal_eval",
+    "load_on_data",
+    "require_same_tokens",
     "restricted_pickle",
 ]

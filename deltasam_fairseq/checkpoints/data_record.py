@@ -161,8 +161,8 @@ class DataRecord:
         made = _read_json(data / "task.json")
         record.task, record.columns = made.get("task"), made.get("columns")
         record.separators = made.get("separators")
-        if made.get("bpe"):
-            record.encoding = _encoding(made["bpe"])
+        if made:
+            record.encoding = _encoding(made.get("bpe") or {})
         if "scale" in made:
             record.scale, record.regression = made["scale"], made["scale"] is not None
         if record.regression:

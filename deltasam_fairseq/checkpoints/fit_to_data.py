@@ -10,7 +10,10 @@ refused. docs/checkpoints.md has the table.
 
 import dataclasses
 import logging
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence
+
+from fairseq import checkpoint_utils, utils
+from fairseq.dataclass.utils import overwrite_args_by_name
 
 from deltasam_fairseq.checkpoints.data_record import KEY, DataRecord
 
@@ -76,6 +79,17 @@ def differences(trained: DataRecord, data: DataRecord) -> List[Difference]:
     return found
 
 
+def require_same_tokens(records: Sequence[DataRecord], names: Sequence[str]) -> None:
+    """Raise a DataMismatchError if models of one ensemble were trained with different tokens."""
+    for record, name in zip(records, names):
+        other = DataRecord(sentences=records[0].sentences, tokens=records[0].tokens)
+        for difference in differences(record, other):
+            raise DataMismatchError(
+                f"{name}: trained with {_tokens(record.tokens or ())}, {names[0]} with "
+                f"{_tokens(records[0].tokens or ())}; {difference.remedy}"
+            )
+
+
 def _target_differences(trained: DataRecord, data: DataRecord) -> List[Difference]:
     if None not in (trained.regression, data.regression):
         if trained.regression != data.regression:
@@ -103,7 +117,7 @@ def preparation_differences(trained: DataRecord, data: DataRecord) -> List[Diffe
     if None not in (trained.task, data.task) and trained.task != data.task:
         remedy = "give data of the same task"
         found.append(Difference("preparation", f"on {trained.task}", f"is {data.task}", remedy))
-    for name, text in (("encoding", "BPE or dictionary"), ("separators", "number of separators")):
+    for name, text in (("encoding", "bpe or dict.txt"), ("separators", "number of separators")):
         some, others = getattr(trained, name), getattr(data, name)
         if None not in (some, others) and some != others:
             made = f"on data of another {text}", f"was made with {_first(others)}"
@@ -170,6 +184,16 @@ def _tokens(tokens: Sequence[Optional[int]]) -> str:
     return " and ".join(f"no {o}" if token is None else f"{o} {token}" for o, token in pairs)
 
 
+class Loaded(NamedTuple):
+    """A model and what it was trained with; ``criterion``: the criterion's state, if it has any."""
+
+    model: Any
+    cfg: Any
+    task: Any
+    record: DataRecord
+    criterion: Any
+
+
 def fit_to_data(
     state: Dict[str, Any],
     data: DataRecord,
@@ -212,6 +236,42 @@ def fit_to_data(
         where = f" (by {trained.origin})" if trained.known else ""
         raise DataMismatchError(f"{name}{where}: " + "; ".join(map(str, found)))
     return _map_head(state, trained, data, name)
+
+
+def load_on_data(
+    path: str,
+    data: str,
+    name: str,
+    overrides: Optional[Dict[str, Any]] = None,
+    check: Optional[Callable[[Dict[str, Any]], None]] = None,
+    **options: Any,
+) -> Loaded:
+    """Load a checkpoint to be used on a data folder: `fit_to_data`, then fairseq's own loading.
+
+    Args:
+        path: of the checkpoint.
+        data: the folder.
+        name: see `fit_to_data`.
+        overrides: options of the checkpoint to replace, besides ``data``.
+        check: called with what is in the file, before anything else.
+        options: of `fit_to_data`.
+
+    Raises:
+        DataMismatchError: it was trained on other data.
+        CheckpointDamagedError, CheckpointRefusedError: it cannot be read.
+    """
+    state = checkpoint_utils.load_checkpoint_to_cpu(path)
+    if check is not None:
+        check(state)
+    folder = utils.split_paths(data)[0]
+    record = fit_to_data(state, DataRecord.of_folder(folder), name, **options)
+    replaced = {"data": data, **(overrides or {})}
+    if state.get("args") is not None:
+        vars(state["args"]).update(replaced)
+    if state.get("cfg") is not None:
+        overwrite_args_by_name(state["cfg"], replaced)
+    (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task([path], state=state)
+    return Loaded(model, cfg, task, record, state.get("criterion"))
 
 
 def fit_start(state: Dict[str, Any], data: DataRecord, name: str, resumes: bool) -> None:

@@ -8,6 +8,7 @@ from fairseq import checkpoint_utils, models
 from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from torch import Tensor, nn
 
+from deltasam_fairseq.checkpoints import DataRecord, fit_to_data
 from deltasam_fairseq.criterions.batch import Batch
 
 _HEADS, _EMBEDDINGS = "classification_heads.", "embed_tokens.weight"
@@ -85,14 +86,18 @@ def load_teacher(path: str, task: Any, head: Optional[str]) -> nn.Module:
 
     Raises:
         ValueError: if the checkpoint is of another dictionary, has no such head, or has one with
-            another number of classes, or a decoder that the task has no input for.
+            another number of classes, or a decoder that the task has no input for; or if it was
+            trained on data of another kind than the task's (`fit_to_data`).
     """
-    weights, model_cfg = _read(path)
+    state, model_cfg = _read(path)
+    weights = state["model"]
     _check_dictionary(path, task, weights)
+    sizes = None if head is None else _head_sizes(path, task, head, weights)
+    fit_to_data(state, DataRecord.of_task(task), f"--distill-teacher {path}", head)
     with torch.random.fork_rng(devices=[]):
         model = models.build_model(model_cfg, task)
-        if head is not None:
-            model.register_classification_head(head, *_head_sizes(path, task, head, weights))
+        if sizes is not None:
+            model.register_classification_head(head, *sizes)
     if getattr(getattr(model, "decoder", None), "adaptive_softmax", None) is not None:
         raise ValueError(
             f"--distill-teacher {path}: a teacher with --adaptive-softmax-cutoff has no logits of "
@@ -107,13 +112,13 @@ def load_teacher(path: str, task: Any, head: Optional[str]) -> nn.Module:
     return model
 
 
-def _read(path: str) -> Tuple[Mapping[str, Tensor], Any]:
-    """Weights of a checkpoint, and the configuration of the model that they are of."""
+def _read(path: str) -> Tuple[Dict[str, Any], Any]:
+    """What is in a checkpoint, and the configuration of its model."""
     try:
         state = checkpoint_utils.load_checkpoint_to_cpu(path)
         cfg = state["cfg"] if state.get("args") is None else None
         cfg = cfg or convert_namespace_to_omegaconf(state["args"])
-        return state["model"], cfg.model
+        return state, cfg.model
     except KeyError as error:  # of fairseq's, which brings old files up to date
         raise ValueError(
             f"--distill-teacher {path}: it has no {error}; give a checkpoint that fairseq-train "

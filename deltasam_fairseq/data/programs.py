@@ -5,14 +5,19 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, List, Optional, Sequence
 
 import torch
-from fairseq import checkpoint_utils
 
-from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.checkpoints import (
+    CheckpointDamagedError,
+    CheckpointRefusedError,
+    DataMismatchError,
+    Loaded,
+    load_on_data,
+    require_same_tokens,
+)
 from deltasam_fairseq.data.files import DataError
-from deltasam_fairseq.data.splits import read_record, without_paths
 from deltasam_fairseq.options import ranged
 
 PACKAGE = "deltasam_fairseq."
@@ -64,53 +69,49 @@ def prediction_parser(module: str, description: str, items: str) -> argparse.Arg
 
 def load_and_check(
     args: argparse.Namespace,
-    record: Dict[str, Any],
-    check: Callable[[Path, Any, Path], None],
-) -> Tuple[List[Any], Any, Any]:
+    check: Callable[[Path, Any], None] = lambda path, cfg: None,
+) -> List[Loaded]:
     """Load the checkpoints of ``--path`` to predict the data of ``--data``.
 
     Args:
-        record: of the data.
-        check: compares one checkpoint with the data: its path, its configuration, and the folder of
-            the data that it was trained on, which may be gone.
+        check: compares one checkpoint with the data: its path, its configuration.
 
     Returns:
-        models on the device, in evaluation mode; configuration and task of the first.
+        models on the device, in evaluation mode, each with its configuration and task.
 
     Raises:
-        DataError: a file is missing or no checkpoint of fairseq, or was trained on data of another
-            encoding, or ``check`` says so.
+        DataError: a file is missing or no checkpoint of fairseq, or was trained on other data
+            (`fit_to_data`), or ``check`` says so.
     """
     if args.out.exists() and not args.out.is_dir():
         raise DataError(f"--out {args.out}: is a file; give a folder")
     for path in args.path:
-        cfg = _configuration(path)
-        origin = Path(cfg["task"].get("data") or "")
-        check(path, cfg, origin)
-        made = read_record(origin)
-        for key in ("bpe", "separators"):
-            if made and without_paths(made.get(key)) != without_paths(record.get(key)):
-                raise DataError(
-                    f"--path {path}: trained on data of another {key}, --data {args.data} does not "
-                    f"go with it; prepare it with what {origin} was made with"
-                )
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task(
-        [str(path) for path in args.path], arg_overrides={"data": str(args.data)}
-    )
-    for model in models:
-        model.eval()
-        if torch.cuda.is_available():
-            model.cuda()
-    return models, cfg, task
-
-
-def _configuration(path: Path) -> Any:
-    """Return the configuration in a checkpoint; its ``task`` is there."""
-    if not path.is_file():
-        raise DataError(f"--path {path}: no such file")
+        if not path.is_file():
+            raise DataError(f"--path {path}: no such file")
+    names = [f"--path {path}" for path in args.path]
+    found = [_load(path, args.data, check) for path in args.path]
     try:
-        cfg = checkpoint_utils.load_checkpoint_to_cpu(str(path))["cfg"]
-        cfg["task"].get("data")
+        require_same_tokens([each.record for each in found], names)
+    except DataMismatchError as error:
+        raise DataError(str(error)) from error
+    for each in found:
+        each.model.eval()
+        if torch.cuda.is_available():
+            each.model.cuda()
+    return found
+
+
+def _load(path: Path, data: Path, check: Callable[[Path, Any], None]) -> Loaded:
+    def check_state(state: Any) -> None:
+        state["cfg"]["task"].get("data")
+        check(path, state["cfg"])
+
+    try:
+        return load_on_data(
+            str(path), str(data), f"--path {path}", check=check_state, same_preparation=True
+        )
+    except DataMismatchError as error:
+        raise DataError(str(error)) from error
     except (CheckpointDamagedError, CheckpointRefusedError) as error:
         raise DataError(f"--path: {error}") from error  # names the file itself
     except (AttributeError, KeyError, TypeError) as error:  # of fairseq's, which expects its own
@@ -118,4 +119,3 @@ def _configuration(path: Path) -> Any:
             f"--path {path}: no checkpoint of fairseq ({type(error).__name__}: {error}); give one "
             "that fairseq-train has written"
         ) from error
-    return cfg

@@ -19,10 +19,15 @@ from typing import Any, Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 import numpy as np
 import torch
-from fairseq import checkpoint_utils, utils
+from fairseq import utils
 from fairseq.logging import progress_bar
 
-from deltasam_fairseq.checkpoints import CheckpointDamagedError, CheckpointRefusedError
+from deltasam_fairseq.checkpoints import (
+    CheckpointDamagedError,
+    CheckpointRefusedError,
+    DataMismatchError,
+    load_on_data,
+)
 from deltasam_fairseq.options import UsageError, require
 from deltasam_fairseq.sharpness.landscapes import Batch, ModelLandscapes, Sample, measure
 from deltasam_fairseq.sharpness.options import check, get_parser
@@ -52,18 +57,19 @@ def load(args: argparse.Namespace) -> Tuple[Any, Any, Any, Any]:
         model, criterion, task, and the configuration of the run that wrote the checkpoint.
 
     Raises:
-        UsageError: the checkpoint is damaged or refused.
+        UsageError: the checkpoint is damaged or refused, or was trained on other data.
     """
+    overrides, name = _overrides(args), f"--path {args.path}"
     try:
-        state = checkpoint_utils.load_checkpoint_to_cpu(args.path, _overrides(args))
+        found = load_on_data(args.path, overrides.pop("data"), name, overrides, rescales=False)
+    except DataMismatchError as e:
+        raise UsageError(str(e)) from e
     except (CheckpointDamagedError, CheckpointRefusedError) as e:
         raise UsageError(f"--path: {e}") from e  # names the file itself
-    criterion_state = state.get("criterion")
-    models, cfg, task = checkpoint_utils.load_model_ensemble_and_task([args.path], state=state)
-    criterion = task.build_criterion(cfg.criterion)
-    if utils.has_parameters(criterion) and criterion_state is not None:
-        criterion.load_state_dict(criterion_state)
-    return models[0].float(), criterion.float(), task, cfg
+    criterion = found.task.build_criterion(found.cfg.criterion)
+    if utils.has_parameters(criterion) and found.criterion is not None:
+        criterion.load_state_dict(found.criterion)
+    return found.model.float(), criterion.float(), found.task, found.cfg
 
 
 def _subsets(data: str) -> List[str]:

@@ -121,14 +121,14 @@ def predict(args: argparse.Namespace) -> None:
     splits = record["splits"]
     if args.split not in splits:
         raise DataError(f"--split {args.split}: {args.data} has {', '.join(splits)}")
-    models, cfg, task = load_and_check(
-        args, record, lambda path, cfg, _: check_task(path, cfg, record)
-    )
+    loaded = load_and_check(args, lambda path, cfg: check_task(path, cfg, record))
+    cfg, task = loaded[0].cfg, loaded[0].task
     for name in ("max_answer_length", "null_threshold"):
         if getattr(args, name) is None:
             setattr(args, name, getattr(cfg.criterion, name))
         setattr(cfg.criterion, name, getattr(args, name))
     criterion = task.build_criterion(cfg.criterion)
+    models = [each.model for each in loaded]
     found = candidates(models, task, criterion, args.split, args.batch_size)
     write(args, splits[args.split], task, found)
 

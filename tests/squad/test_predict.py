@@ -142,6 +142,7 @@ def test_errors(span_prediction, classification, trained, tmp_path, refused):
     shutil.copytree(str(span_prediction), str(tmp_path / "origin"))
     state = torch.load(trained[0], weights_only=False)
     state["cfg"]["task"]["data"] = str(tmp_path / "origin")
+    del state["extra_state"]["deltasam_data"]  # as in older checkpoints
     torch.save(state, tmp_path / "uncased.pt")
     record["bpe"]["options"]["wordpiece_cased"] = False
     (tmp_path / "origin" / "task.json").write_text(json.dumps(record))
