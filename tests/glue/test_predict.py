@@ -147,23 +147,6 @@ def test_errors(tmp_path, refused):
     assert not (tmp_path / "out" / "RTE.tsv").exists()
 
 
-def test_sentences_in_other_columns_are_refused(tmp_path, refused):
-    data, _ = prepared(tmp_path / "data", "RTE", regression=False)
-    path = trained(data, tmp_path / "run")
-    record = json.loads((data / "task.json").read_text())
-    other, _ = prepared(tmp_path / "other", "RTE", regression=False)
-
-    def message(columns, others):
-        for folder, names in ((data, columns), (other, others)):
-            described = {**record, "sentences": len(names), "columns": names}
-            (folder / "task.json").write_text(json.dumps(described))
-        return refused("--data", other, "--path", path, "--out", tmp_path / "out")
-
-    assert "trained on rows of 1 sentences, the data has 2" in message(["a"], ["a", "b"])
-    assert "trained on rows of 2 sentences, the data has 1" in message(["a", "b"], ["a"])
-    assert "the columns a, b in this order, the data has b, a" in message(["a", "b"], ["b", "a"])
-
-
 def test_a_sentence_that_is_too_long_for_the_model(tmp_path, refused):
     data, rows = prepared(tmp_path / "data", "RTE", regression=False)
     path = trained(data, tmp_path / "run", "--max-positions", "64")
