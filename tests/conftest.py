@@ -19,8 +19,10 @@ fast_config.install()
 SLOW = (
     *("average", "cli", "convert", "distributed", "scripts", "sharpness"),
     *("examples/test_files.py", "examples/test_generation.py", "examples/test_glue_run.py"),
-    *("glue/test_predict.py", "squad/test_predict.py", "squad/test_training.py"),
-    *("optim/test_compiled_rounding.py", "test_conformance.py", "trainer/test_half_precision.py"),
+    *("glue/test_predict.py", "glue/test_prepare.py", "squad/test_predict.py"),
+    *("squad/test_training.py", "optim/test_compiled_rounding.py", "test_conformance.py"),
+    *("trainer/test_exit_paths.py", "trainer/test_half_precision.py"),
+    "trainer/test_weight_average.py",
 )
 
 

@@ -127,7 +127,9 @@ class AscentStep:
         return self._take(sample, kept), len(kept) / n
 
     def _take(self, sample: Dict[str, Any], kept: Tensor) -> Dict[str, Any]:
-        return take_sentences(sample, kept, self._trainer.get_criterion().padding_idx)
+        trainer = self._trainer
+        multiple = trainer.cfg.dataset.required_seq_len_multiple
+        return take_sentences(sample, kept, trainer.get_criterion().padding_idx, multiple)
 
     def _delta_sam_backward(self, samples: List[Prepared], replay: RngReplay) -> StepMetrics:
         """Gradient of ``sum_j g'_j l_j``."""

@@ -6,7 +6,7 @@ sentences that it weighs most.
 """
 
 import math
-from typing import Any, Callable, Dict, List, Set, Tuple
+from typing import Any, Callable, Dict, List, Sequence, Set, Tuple
 
 import numpy as np
 import torch
@@ -63,7 +63,9 @@ def number_of_sentences(sample: Dict[str, Any]) -> int:
     )
 
 
-def take_sentences(sample: Dict[str, Any], kept: Tensor, padding: int) -> Dict[str, Any]:
+def take_sentences(
+    sample: Dict[str, Any], kept: Tensor, padding: int, multiple: int = 1
+) -> Dict[str, Any]:
     """The mini-batch of some sentences of ``sample``, which is not changed.
 
     Columns at either end that are padding for all of them go, as if they had been put together
@@ -74,13 +76,14 @@ def take_sentences(sample: Dict[str, Any], kept: Tensor, padding: int) -> Dict[s
             in their first dimension.
         kept: numbers of the sentences, shape (kept,).
         padding: what stands for padding in tokens.
+        multiple: of which lengths stay one, --required-seq-len-multiple.
 
     Raises:
         ValueError: for a tensor in which the sentences cannot be told apart.
     """
     n = number_of_sentences(sample)
     part = _select(sample, kept, n, "sample")
-    part = _without_padding(part, len(kept), padding)
+    part = _without_padding(part, len(kept), padding, multiple)
     if "nsentences" in sample:
         part["nsentences"] = len(kept)
     if "ntokens" in sample:
@@ -92,7 +95,7 @@ def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
     if isinstance(node, dict):
         return {k: _select(v, kept, n, f"{path}.{k}") for k, v in node.items()}
     if isinstance(node, (list, tuple)):
-        if len(node) == n:
+        if len(node) == n and not _are_batched(node, n):
             return type(node)(node[i] for i in kept.tolist())
         return type(node)(_select(v, kept, n, f"{path}[{i}]") for i, v in enumerate(node))
     shape = tuple(node.shape) if isinstance(node, (Tensor, np.ndarray)) else ()
@@ -106,6 +109,14 @@ def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
     if isinstance(node, np.ndarray):
         return node[kept.cpu().numpy()]
     return node.index_select(0, kept.to(node.device))
+
+
+def _are_batched(nodes: Sequence[Any], n: int) -> bool:
+    """Whether each is a tensor with a row a sentence: as many as sentences by chance only."""
+    return all(
+        isinstance(node, (Tensor, np.ndarray)) and node.ndim > 0 and len(node) == n
+        for node in nodes
+    )
 
 
 def _map(node: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
@@ -154,15 +165,23 @@ def _are_tokens(tensor: Tensor) -> bool:
     return tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
 
 
-def _without_padding(part: Dict[str, Any], n: int, padding: int) -> Dict[str, Any]:
-    """Cut off columns at the ends that are padding in all tensors of a group."""
+def _without_padding(
+    part: Dict[str, Any], n: int, padding: int, multiple: int
+) -> Dict[str, Any]:
+    """Cut off columns at the ends that are padding in all tensors of a group.
+
+    As many stay as make the length a multiple of ``multiple``, as far as there are any.
+    """
     spans: Dict[Path, slice] = {}
     for group in _aligned(part, n):
         if all(map(_are_tokens, group.values())):
             filled = torch.stack([tensor.ne(padding).any(dim=0) for tensor in group.values()])
             columns = filled.any(dim=0).nonzero().flatten().tolist()
             if columns:
-                spans.update(dict.fromkeys(group, slice(columns[0], columns[-1] + 1)))
+                first, end, width = columns[0], columns[-1] + 1, len(filled[0])
+                wanted = min(-(-(end - first) // multiple) * multiple, width)
+                first = min(first, width - wanted)
+                spans.update(dict.fromkeys(group, slice(first, first + wanted)))
     return _map(part, lambda path, t: t[:, spans[path]].contiguous() if path in spans else t)
 
 

@@ -98,6 +98,31 @@ def test_lists_arrays_and_what_has_no_sentences():
     assert part["ntokens"] == 6  # not to be counted: the share of the sentences
 
 
+def test_a_list_of_tensors_that_is_as_long_as_the_batch():
+    """Two layers of a teacher for two sentences: cut inside, as for any other number of them."""
+    sample = {"nsentences": 2, "layers": [torch.tensor([1, 2]), torch.tensor([3, 4])]}
+    part = take_sentences(sample, torch.tensor([1]), PAD)
+    assert [layer.tolist() for layer in part["layers"]] == [[2], [4]]
+    sample["layers"] = [torch.tensor([1, 2, 3]), torch.tensor([4])]  # a tensor a sentence
+    part = take_sentences(sample, torch.tensor([1]), PAD)
+    assert [layer.tolist() for layer in part["layers"]] == [[4]]
+
+
+@pytest.mark.parametrize(
+    "rows, multiple, expected",
+    [
+        ([[5, 6, 7, 1, 1, 1, 1, 1], [4] * 8], 4, [5, 6, 7, 1]),
+        ([[1, 1, 1, 1, 1, 5, 6, 7], [4] * 8], 4, [1, 5, 6, 7]),  # padded on the left
+        ([[5, 6, 7, 8, 9, 1, 1, 1], [4] * 8], 4, [5, 6, 7, 8, 9, 1, 1, 1]),
+        ([[5, 6, 7, 1, 1], [4] * 5], 4, [5, 6, 7, 1]),
+    ],
+)
+def test_lengths_stay_a_multiple(rows, multiple, expected):
+    sample = {"nsentences": 2, "net_input": {"src_tokens": torch.tensor(rows)}}
+    part = take_sentences(sample, torch.tensor([0]), PAD, multiple)
+    assert part["net_input"]["src_tokens"].tolist() == [expected]
+
+
 def test_rows_that_belong_to_no_sentence_are_refused():
     sample = {"nsentences": 3, "net_input": {"alignments": torch.zeros(7, 2)}}
     message = r"--sam-ascent-fraction: sample.net_input.alignments has shape \(7, 2\).*fraction 1"
