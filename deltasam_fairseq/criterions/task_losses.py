@@ -16,6 +16,7 @@ from deltasam_fairseq.algorithms import (
     kl,
     softened_kl,
     squared_difference,
+    sum_tokens,
     symmetric_kl,
 )
 
@@ -128,8 +129,8 @@ class Regression:
 class LabelSmoothedTokens:
     """Label-smoothed cross-entropy of target tokens.
 
-    Everything is summed over a sentence's target tokens; padding adds nothing. Divided by the
-    number of target tokens, as fairseq does it, this is the mean over tokens.
+    Everything is summed over a sentence's target tokens, in float64; padding adds nothing. Divided by
+    the number of target tokens, as fairseq does it, this is the mean over tokens.
 
     Args:
         targets: shape (B, T).
@@ -156,7 +157,7 @@ class LabelSmoothedTokens:
         losses, nll = label_smoothed_nll_loss(
             scores, self.targets, self.smoothing, ignore_index=self.padding_idx, reduce=False
         )
-        return losses.flatten(1).sum(dim=1), nll.flatten(1).sum(dim=1)
+        return sum_tokens(losses.flatten(1)), sum_tokens(nll.flatten(1))
 
     def losses(self, scores: Tensor) -> Tensor:
         """Label-smoothed cross-entropy of every sentence, shape (B,), in nats."""
@@ -164,7 +165,7 @@ class LabelSmoothedTokens:
 
     def divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """Symmetric KL, the sum of both directions and over tokens, shape (B,)."""
-        return symmetric_kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+        return sum_tokens(symmetric_kl(some, others).masked_fill(self.padding, 0.0))
 
     def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """Mean of both directions, summed over tokens, shape (B,)."""
@@ -172,12 +173,12 @@ class LabelSmoothedTokens:
 
     def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
         """``KL(some || others)``, summed over tokens, shape (B,)."""
-        return kl(some, others).masked_fill(self.padding, 0.0).sum(dim=1)
+        return sum_tokens(kl(some, others).masked_fill(self.padding, 0.0))
 
     def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
         """``T^2 KL(teacher_T || scores_T)``, summed over tokens, shape (B,)."""
         divergences = softened_kl(teacher, scores, temperature)
-        return divergences.masked_fill(self.padding, 0.0).sum(dim=1)
+        return sum_tokens(divergences.masked_fill(self.padding, 0.0))
 
     def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Number of a sentence's tokens that are equal, shape (B,), of two (B, T)."""

@@ -32,8 +32,9 @@ class TestObjective:
             objective = LabelSmoothedTokens(self.TARGETS, 0, smoothing)
             losses, nll = objective.losses_and_nll(objective.scores(torch.zeros(2, 2, 3)))
             expected = torch.tensor([2.0, 1.0]) * torch.tensor(3.0).log()
-            torch.testing.assert_close(nll, expected)
-            torch.testing.assert_close(losses, expected)
+            assert nll.dtype == losses.dtype == torch.float64  # summed in it, of float32 terms
+            torch.testing.assert_close(nll.float(), expected)
+            torch.testing.assert_close(losses.float(), expected)
 
     def test_divergence_leaves_padding_out(self):
         torch.manual_seed(1)
@@ -43,17 +44,28 @@ class TestObjective:
         back = F.kl_div(p, q, log_target=True, reduction="none").sum(-1)
         forth = torch.stack([token[0].sum(), token[1, 0]])
         both = forth + torch.stack([back[0].sum(), back[1, 0]])
-        torch.testing.assert_close(objective.directed_divergence(p, q), forth)
-        torch.testing.assert_close(objective.divergence(p, q), both)
-        torch.testing.assert_close(objective.mean_divergence(p, q), both / 2)
+        torch.testing.assert_close(objective.directed_divergence(p, q).float(), forth)
+        torch.testing.assert_close(objective.divergence(p, q).float(), both)
+        torch.testing.assert_close(objective.mean_divergence(p, q).float(), both / 2)
 
     def test_ignored_prefix(self):
         objective = LabelSmoothedTokens(self.TARGETS, 0, 0.0, ignore_prefix_size=1)
         scores = objective.scores(torch.zeros(2, 2, 3))
         assert scores.shape == (2, 1, 3)
-        torch.testing.assert_close(
-            objective.losses(scores), torch.tensor([1.0, 0.0]) * torch.tensor(3.0).log()
-        )
+        expected = torch.tensor([1.0, 0.0]) * torch.tensor(3.0).log()
+        torch.testing.assert_close(objective.losses(scores).float(), expected)
+
+    def test_rises_of_long_targets_are_kept(self):
+        """512 tokens of 3 nats: float32's spacing of their sum is 1.2e-4, the rise is 1e-4."""
+        torch.manual_seed(1)
+        objective = LabelSmoothedTokens(torch.randint(1, 20, (4, 512)), 0, 0.1)
+        exact = torch.randn(4, 512, 20, dtype=torch.float64)
+        scores = [F.log_softmax(x, dim=-1) for x in (exact, exact * (1 + 1e-6))]
+        rise = objective.losses(scores[1]) - objective.losses(scores[0])
+        found = [objective.losses(s.float()) for s in scores]
+        in_float32 = [losses.float() for losses in found]
+        error = (found[1] - found[0] - rise).abs().mean()
+        assert error < 0.2 * (in_float32[1] - in_float32[0] - rise).abs().mean()
 
 
 @pytest.mark.parametrize(
@@ -77,7 +89,8 @@ class TestCriterions:
             loss, sample_size, log = criterion(model, sample)
             loss.backward()
             log = {k: torch.as_tensor(v).float() for k, v in log.items()}
-            results.append((loss, float(sample_size), log, [p.grad for p in model.parameters()]))
+            gradients = [p.grad for p in model.parameters()]
+            results.append((loss.float(), float(sample_size), log, gradients))
         torch.testing.assert_close(results[0], results[1])
 
     def test_normalised_as_the_task_loss(self, taught_translation, tmp_path, name, off):
