@@ -43,6 +43,7 @@ from deltasam_fairseq.algorithms.rounding import (
     StochasticRounding,
     at_least_float32,
     multiplied_in,
+    multiplies_in_tf32,
     random_bits,
     unit_roundoff,
 )
@@ -79,6 +80,7 @@ __all__ = [
     "kl",
     "move_along_",
     "multiplied_in",
+    "multiplies_in_tf32",
     "normalised",
     "probe_generator",
     "project",

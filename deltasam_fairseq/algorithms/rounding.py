@@ -206,6 +206,20 @@ def multiplied_in(x: Tensor) -> torch.dtype:
     return x.dtype if torch.float32 == product or x.dtype == torch.float64 else product
 
 
+def multiplies_in_tf32(device: torch.device) -> bool:
+    """Whether matrix products of float32 round their operands to TF32's 10 bits of mantissa.
+
+    So does CUDA from compute capability 8.0 on where ``torch.backends.cuda.matmul.allow_tf32``,
+    ``torch.set_float32_matmul_precision`` or the environment (NVIDIA's containers) ask for it.
+    """
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
+        return False
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch's newer setting is in use, which forbids to ask the older one
+        return torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
+
+
 def unit_roundoff(dtype: torch.dtype) -> float:
     """Largest relative error of rounding to nearest: 2^-11 for float16, 2^-8 for bfloat16."""
     return torch.finfo(dtype).eps / 2

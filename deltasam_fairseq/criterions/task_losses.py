@@ -129,8 +129,8 @@ class Regression:
 class LabelSmoothedTokens:
     """Label-smoothed cross-entropy of target tokens.
 
-    Everything is summed over a sentence's target tokens, in float64; padding adds nothing. Divided by
-    the number of target tokens, as fairseq does it, this is the mean over tokens.
+    Everything is summed over a sentence's target tokens, in float64; padding adds nothing. Divided
+    by the number of target tokens, as fairseq does it, this is the mean over tokens.
 
     Args:
         targets: shape (B, T).

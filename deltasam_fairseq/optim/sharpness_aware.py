@@ -77,20 +77,28 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.probe_radius: Optional[float] = getattr(cfg, "delta_sam_probe_radius", None)
         self.weights: Union[SwappedWeights, OverwrittenWeights] = SwappedWeights()
         self.half_dtype: Optional[torch.dtype] = None
+        self.probe_dtype: Optional[torch.dtype] = None
         self._ready_to_step = False
         self._thread = ThreadPoolExecutor(1)
         self._drawing: Optional[Tuple[int, int, Future]] = None
 
     def compute_in(
-        self, dtype: torch.dtype, masters: Optional[Dict[Parameter, Tensor]] = None
+        self,
+        dtype: torch.dtype,
+        masters: Optional[Dict[Parameter, Tensor]] = None,
+        tf32: bool = False,
     ) -> None:
         """Say what precision the forward computes in; without it, float32 or better.
 
         Args:
             dtype: of the weights that the forward multiplies with.
             masters: the float32 copies of the model's weights that are stepped, if there are.
+            tf32: whether products of float32 round to TF32, whose mantissa is float16's: the
+                literal probe would drown in it, the ascent does not.
         """
         self.half_dtype = dtype if torch.finfo(dtype).bits < 32 else None
+        tf32 = tf32 and dtype == torch.float32
+        self.probe_dtype = torch.float16 if tf32 else self.half_dtype
         self.weights = SwappedWeights() if masters is None else OverwrittenWeights(masters)
 
     def describe(self) -> str:
@@ -114,6 +122,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(f"from update {self.start_update} on")
         if self.half_dtype is not None:
             parts.append(f"rounded stochastically to {self.half_dtype}")
+        elif self.probe_dtype is not None and self.beta:
+            parts.append("probed as in float16, for products of float32 are made in TF32")
         if not self.rho:
             return f"{method} with rho 0: training is plain {self.base_name}"
         return f"{method} on {self.base_name}: " + ", ".join(parts)
@@ -125,12 +135,12 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     @property
     def probes_centrally(self) -> bool:
-        """Whether to probe behind w as well as ahead: in half precision.
+        """Whether to probe behind w as well as ahead: in half precision and TF32.
 
         There no radius makes both rounding and curvature small enough; the central difference
         has no error from the curvature, for one more forward without graph.
         """
-        return self.half_dtype is not None
+        return self.probe_dtype is not None
 
     @property
     def probe_signs(self) -> Tuple[float, ...]:
@@ -197,8 +207,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def _choose_probe_radius(self, values: List[Tensor]) -> Tensor:
         """R, 0-dim float64, on the device of the weights."""
-        if self.probe_radius is None and self.half_dtype is not None:
-            return resolvable_radius(values, self.half_dtype).clamp(min=self.rho)
+        if self.probe_radius is None and self.probe_dtype is not None:
+            return resolvable_radius(values, self.probe_dtype).clamp(min=self.rho)
         radius = self.rho if self.probe_radius is None else self.probe_radius
         return torch.full((), radius, dtype=torch.float64, device=values[0].device)
 

@@ -21,7 +21,7 @@ from fairseq.optim.amp_optimizer import AMPOptimizer
 from torch import Tensor
 from torch.nn import Parameter
 
-from deltasam_fairseq.algorithms import multiplied_in
+from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.checkpoints import DataRecord
 from deltasam_fairseq.checkpoints.data_record import KEY as DATA
 from deltasam_fairseq.criterions import RegularisedCriterion
@@ -89,7 +89,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         weights = PerturbedWeights(modules, None if sam is None else sam.only, recomputes)
         self._trained = weights.trained
         if sam is not None:
-            sam.compute_in(self._compute_dtype(), masters_of(self._optimizer))
+            tf32 = multiplies_in_tf32(self.device)
+            sam.compute_in(self._compute_dtype(), masters_of(self._optimizer), tf32)
             self._ascent_step = AscentStep(self, sam, weights)
             logger.info(sam.describe())
             if isinstance(self._optimizer, AMPOptimizer):
