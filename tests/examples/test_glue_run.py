@@ -100,7 +100,7 @@ def output_of(command, code, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         universal_newlines=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
         cwd=folder,
     )
     assert result.returncode == code, result.stdout
