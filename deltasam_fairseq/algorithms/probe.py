@@ -111,6 +111,22 @@ def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[T
             ahead = []
 
 
+def direction_sum(like: Sequence[Tensor], generator: torch.Generator) -> Tensor:
+    """``sum_i u_i / sqrt(d)``, by which processes see whether they draw the same direction.
+
+    N(0, 1) over the seeds. The same numbers give the same; numbers that differ in the last bit,
+    as processors of different makes round, the same to 1e-7.
+
+    Args:
+        like, generator: as in `directions`.
+
+    Returns:
+        0-dim float64.
+    """
+    sums = [u.sum(dtype=torch.float64) for u in directions(like, generator)]
+    return torch.stack(sums).sum() / sum(v.numel() for v in like) ** 0.5
+
+
 def _pieces(u: Tensor) -> List[Tensor]:
     return list(u.view(-1).split(PIECE))
 

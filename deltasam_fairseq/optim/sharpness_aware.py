@@ -14,6 +14,7 @@ from deltasam_fairseq.algorithms import (
     Perturbation,
     StochasticRounding,
     asam_ascent_,
+    direction_sum,
     directions,
     fill_direction_,
     global_norm,
@@ -268,6 +269,19 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             ascent = self.weights.move(climbing, write)
         self._ready_to_step = True
         return ascent
+
+    @property
+    def draws(self) -> bool:
+        """Whether an update draws numbers that must be the same on all ranks."""
+        return bool(self.beta) or self.half_dtype is not None
+
+    def drawn(self, params: Sequence[Parameter], seed: int, update: int) -> Tensor:
+        """`direction_sum` of the probe of these arguments; it costs one more drawing.
+
+        It stands for the numbers of the stochastic rounding too, which the same kind of generator
+        of the same device draws.
+        """
+        return direction_sum(params, probe_generator(seed, update, params[0].device))
 
     def skip_ascent(self) -> None:
         """This update is one of the base optimizer alone."""

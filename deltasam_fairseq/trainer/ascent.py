@@ -63,6 +63,7 @@ class AscentStep:
         self._weights = weights
         self._sync = GradientSync(trainer, sam, weights)
         self._losses_checked = False
+        self._draws_compared = False
 
     def run(
         self, samples: List[Prepared], replay: RngReplay, loss_scale: Union[float, Tensor]
@@ -87,6 +88,9 @@ class AscentStep:
                 self._sync.average_grads()
             scale = scale / trainer.data_parallel_world_size  # the reduction averages gradients
         ascent = sam.ascend(self._weights.parameters(), *self._draw())
+        if self._sync.needed and sam.draws and not self._draws_compared:
+            log.drawn = sam.drawn(self._weights.parameters(), *self._draw())
+            self._draws_compared = True
         log.ascent_gnorm = ascent.norm * log.weights_divisor / scale
         log.realised = ascent.realised if sam.half_dtype is not None else None
         return log

@@ -320,9 +320,12 @@ class SharpnessAwareTrainer(AveragingTrainer):
             extra_stats_to_sum = (log.sample_size(logging_outputs, counted), *others)
             logging_outputs = log.merge(logging_outputs)
             ignore = log.only_dummies()
-        return super()._aggregate_logging_outputs(
+        found = super()._aggregate_logging_outputs(
             logging_outputs, *extra_stats_to_sum, ignore=ignore
         )
+        if log is not None:
+            log.require_same_draws(found[0])
+        return found
 
     def _reduce_and_log_stats(
         self, logging_outputs: List[Dict[str, Any]], sample_size: Any, grad_norm: Any = None

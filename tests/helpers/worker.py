@@ -6,6 +6,8 @@ The specification: ``world_size``, ``port`` and ``runs``, each with ``argv`` of 
 ``dtype``, ``out`` (prefix of the file that is written) and ``updates``: for each update, for each
 rank, for each micro-batch a list of sentence numbers; an empty list is a micro-batch that the
 rank does not have. With ``same_noise`` criterions draw noise that depends on the sentence only.
+With ``other_numbers`` rank 1 draws other random numbers from the same seed. An update that raises
+ValueError ends its run.
 """
 
 import json
@@ -15,11 +17,13 @@ import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
 
+from deltasam_fairseq.algorithms import probe
 from deltasam_fairseq.optim import sharpness_aware
 from tests.helpers import fast_config, same_noise, tiny
 from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
 from tests.helpers.parameter_criterion import ParameterCriterion  # noqa: F401
 
+MIX = probe._mix
 COLLECTIVES = "all_reduce all_gather broadcast reduce_scatter barrier".split()
 
 
@@ -59,6 +63,10 @@ def count_collectives(counts):
         setattr(dist, name, counting)
 
 
+def mix_differently(x):
+    return MIX(x + 1)
+
+
 def run(spec, rank, world_size, port, counts):
     argv = spec["argv"] + ["--distributed-world-size", str(world_size)]
     if world_size > 1:
@@ -72,12 +80,17 @@ def run(spec, rank, world_size, port, counts):
     tiny.batches(trainer)
     dataset = trainer.task.dataset("train")
     _ = trainer.model, trainer.criterion, trainer.optimizer  # wrapped and built before counting
+    probe._mix = mix_differently if spec.get("other_numbers") and rank == 1 else MIX
     for update in spec["updates"]:
         samples = [
             dataset.collater([dataset[i] for i in ids]) if ids else {} for ids in update[rank]
         ]
         counts.clear()
-        log = trainer.train_step(samples)
+        try:
+            log = trainer.train_step(samples)
+        except ValueError as e:
+            seen["error"] = str(e)
+            break
         seen["collectives"].append(list(counts))
         seen["logs"].append({k: float(v) for k, v in log.items()})
     seen["parameters"] = torch.cat([p.data.flatten() for p in trainer._trainable()])
