@@ -1,0 +1,25 @@
+#!/usr/bin/env bash
+# Settles on a GPU, in ten minutes, what a CPU cannot: do the CUDA paths work, what do they cost, does
+# a whole training succeed.  Needs Python with torch, and either an installed fairseq or the folder
+# KIT (default: .gpu), carried to a machine that has no network:
+#
+#   KIT/site.tgz   packages that the machine lacks: fairseq and what it needs, for its Python
+#   KIT/minilm     all-MiniLM-L6-v2 as Hugging Face has it
+#   KIT/glue       GLUE's TSV folders: CoLA, MRPC, RTE, STS-B
+#
+#   bash scripts/gpu/first_run.sh                               all parts, ten minutes; findings in OUT
+#   bash scripts/gpu/first_run.sh --parts smoke tests           two of them
+#   bash scripts/gpu/first_run.sh --device cpu --minutes 3      the dry run: smallest shapes, same code
+#
+# Variables: PYTHON (python3), KIT (.gpu), OUT (first_run).
+set -euo pipefail
+cd "$(dirname "$0")/../.."
+KIT=${KIT:-.gpu}
+export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
+if [ -f "$KIT/site.tgz" ] && ! "${PYTHON:-python3}" -c 'import fairseq' 2>/dev/null; then
+    SITE=$(mktemp -d)
+    trap 'rm -rf "$SITE"' EXIT
+    tar xzf "$KIT/site.tgz" -C "$SITE"
+    export PYTHONPATH="$SITE:$PYTHONPATH"
+fi
+"${PYTHON:-python3}" -m scripts.gpu --kit "$KIT" --out "${OUT:-first_run}" "$@"
