@@ -27,10 +27,16 @@ SLOW = (
 
 
 def pytest_collection_modifyitems(items):
-    slow = [Path(__file__).parent / name for name in SLOW]
+    """Mark what is slow, and all of tests/cuda; skip what needs a GPU where there is none."""
+    here = Path(__file__).parent
+    slow = [here / name for name in SLOW]
     for item in items:
         if any(path in (item.path, *item.path.parents) for path in slow):
             item.add_marker(pytest.mark.slow)
+        if here / "cuda" in item.path.parents:
+            item.add_marker(pytest.mark.cuda)
+        if item.get_closest_marker("cuda") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a GPU"))
 
 
 def _half_precision_here() -> bool:

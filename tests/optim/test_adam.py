@@ -10,8 +10,7 @@ from tests.helpers import tiny
 
 SHAPES = [(3,), (2, 5), (), (7, 1)]
 OPTIONS = {"lr": 1e-2, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
-WITH_CUDA = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-DEVICES = ["cpu", pytest.param("cuda", marks=WITH_CUDA)]
+DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.cuda)]
 
 
 def fused_here(device):

@@ -9,6 +9,7 @@ import torch
 from deltasam_fairseq.algorithms import OPERATIONS, StochasticRounding, move_along_
 from deltasam_fairseq.optim import compiled_rounding
 from deltasam_fairseq.optim.compiled_rounding import rounding_kernels
+from tests.helpers.gpu import WITHOUT_COMPILER
 
 
 @pytest.fixture(autouse=True)
@@ -32,7 +33,8 @@ def test_compiled_is_the_same(dtype, kept_in, caplog):
     assert_the_same(dtype, kept_in, torch.device("cpu"), caplog)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.cuda
+@pytest.mark.skipif(WITHOUT_COMPILER is not None, reason=str(WITHOUT_COMPILER))
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("masters", [True, False])
 def test_compiled_on_a_gpu_is_the_same(dtype, masters, caplog):

@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from deltasam_fairseq.optim import masters_of, sharpness_aware
 from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
 from deltasam_fairseq.trainer import ascent
-from tests.helpers import tiny
+from tests.helpers import gpu, tiny
 
 ROOT = Path(__file__).parents[2]
 REGRESSION = ROOT / "tests" / "regression"
@@ -351,16 +351,14 @@ def test_under_autocast_the_cast_leaves_the_ascent_alone(classification, tmp_pat
     assert equal(tiny.weights(trainer), before)
 
 
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 in_all_gpu_modes = pytest.mark.parametrize("options", list(MODES.values()), ids=list(MODES))
 
 
 def build_on_a_gpu(data, tmp_path, optimizer, options):
-    argv = tiny.arguments(data, tmp_path, "--optimizer", optimizer, "--dropout", "0.1", *options)
-    return tiny.build_trainer([a for a in argv if a != "--cpu"])
+    return gpu.build_trainer(data, tmp_path, optimizer, "--dropout", "0.1", *options)
 
 
-@on_a_gpu
+@pytest.mark.cuda
 @in_all_gpu_modes
 @everywhere
 def test_trains_on_a_gpu(classification, tmp_path, optimizer, options):
@@ -371,7 +369,7 @@ def test_trains_on_a_gpu(classification, tmp_path, optimizer, options):
     assert not equal(tiny.weights(trainer), before)
 
 
-@on_a_gpu
+@pytest.mark.cuda
 @in_all_gpu_modes
 @everywhere
 def test_resumed_on_a_gpu_is_uninterrupted_bitwise(classification, tmp_path, optimizer, options):
