@@ -3,7 +3,6 @@
 import importlib
 import os
 import shutil
-import sysconfig
 from pathlib import Path
 from typing import Any, List, Optional
 
@@ -30,8 +29,6 @@ def _without_compiler() -> Optional[str]:
     """Why Triton cannot build the launchers of its kernels here, None where it can."""
     if os.environ.get("CC") is None and not any(map(shutil.which, ("gcc", "clang", "cc"))):
         return "Triton needs a C compiler"
-    if not (Path(sysconfig.get_paths()["include"]) / "Python.h").exists():
-        return "Triton needs the headers of Python"
     return None
 
 
