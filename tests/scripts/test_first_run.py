@@ -10,7 +10,7 @@ import torch
 
 from scripts.gpu import __main__ as first_run
 from scripts.gpu import smoke
-from tests.helpers.processes import run_module
+from tests.helpers.processes import PATH, run_module
 
 
 def start(tmp_path, monkeypatch, scripts, minutes="0.5", capsys=None):
@@ -106,3 +106,14 @@ def test_smoke_sees_weights_that_are_not_restored(monkeypatch):
     own = smoke.log_of_update
     monkeypatch.setattr(smoke, "log_of_update", update)
     assert smoke.faults("sam_adam", "fp32", "cpu") == ["weights changed at a learning rate of 0"]
+
+
+def test_cuda_tests_are_recorded_one_by_one(tmp_path):
+    argv = ["--device", "cpu", "--seconds", "100", "--kit", tmp_path]
+    argv += ["--work", tmp_path / "work", "--out", tmp_path / "out"]
+    result = run_module("scripts.gpu.tests", argv, tmp_path, cwd=PATH)
+    assert result.returncode == 0, result.stdout
+    found = json.loads((tmp_path / "out" / "tests.json").read_text())
+    assert found["tests"] and not found["collection_errors"]
+    assert {t["outcome"] for t in found["tests"].values()} <= {"skipped", "passed"}
+    assert "| outcome" in (tmp_path / "work" / "tests.md").read_text()
