@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import importlib.util
 import json
 import sys
 import time
@@ -16,6 +17,7 @@ from deltasam_fairseq.markdown import markdown_table
 from scripts.gpu.part import part_options
 
 LINES = 12  # of a failure's report
+LONGEST = 45  # seconds of a test, where pytest-timeout can end it
 
 
 class Record:
@@ -74,6 +76,8 @@ def main() -> int:
     record = Record(args.out / "tests.json", args.work / "tests.md")
     words = ["-m", "cuda", "-p", "no:cacheprovider", "--color=no", "-q", "--tb=short"]
     words += [f"--basetemp={args.work / 'pytest'}", "tests"]
+    if importlib.util.find_spec("pytest_timeout") is not None:
+        words.append(f"--timeout={LONGEST}")
     code = pytest.main(words, plugins=[record])
     record.write()
     print(f"{time.monotonic() - begin:.0f} s, pytest's exit code {int(code)}")
