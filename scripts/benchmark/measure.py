@@ -187,6 +187,24 @@ def phases(update: Callable[[], Any], rounds: int, device: str) -> Dict[str, flo
     return {name: seconds[name] / rounds for name in order if name in seconds}
 
 
+def device_work(update: Callable[[], Any]) -> Optional[Dict[str, float]]:
+    """Return seconds and number of a GPU's kernels and copies in an update; None: not recorded.
+
+    Where the seconds are fewer than the update's own, the GPU waits for the processor.
+    """
+    activities = [torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        update()
+        torch.cuda.synchronize()
+    spans = [
+        event.time_range.elapsed_us()
+        for event in profile.events()
+        if event.device_type == torch.autograd.DeviceType.CUDA
+        and not (event.name in PHASES or getattr(event, "is_user_annotation", False))
+    ]
+    return {"seconds": 1e-6 * sum(spans), "kernels": len(spans)} if spans else None
+
+
 def build_and_measure_memory(
     make: Callable[[], Built], setting: Setting
 ) -> Tuple[Built, Optional[int]]:
@@ -251,8 +269,11 @@ def time_reductions(elements: int, device: str) -> Dict[str, float]:
     return found
 
 
-def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
+def compare(args: argparse.Namespace, setting: Setting, model: Any = None) -> Dict[str, Any]:
     """Return what was measured of all methods in one setting.
+
+    Args:
+        model: to copy, see `build_trainer`.
 
     Raises:
         MethodUnavailable: no method can run.
@@ -261,20 +282,25 @@ def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
     periods: Dict[str, int] = {}
     unavailable: Dict[str, str] = {}
     memory: Dict[str, Optional[int]] = {}
+    base_steps: Dict[str, str] = {}
     bare: Dict[str, Update] = {}
     batches = [random_batches(setting, setting.update_freq, seed) for seed in range(4)]
     for name in args.methods:
-        make = partial(build, name, setting, args.davda54)
+        make = partial(build, name, setting, args.davda54, model)
         try:
             built, peak = build_and_measure_memory(make, setting) if args.memory else (make(), None)
             built.update(batches[0])
-        except (MethodUnavailable, ValueError, AssertionError, NotImplementedError) as error:
+        except (MethodUnavailable, RuntimeError, ValueError, AssertionError) as error:
+            if setting.processes > 1 and type(error) is RuntimeError:
+                raise  # of one rank, while the others wait for it
             kind = "" if isinstance(error, MethodUnavailable) else f"{type(error).__name__} "
             unavailable[name] = kind + " ".join(str(error).split())
             if setting.rank == 0:
                 print(f"{name}: unavailable, {unavailable[name]}", file=sys.stderr)
             continue
         updates[name], periods[name] = built.update, built.period
+        if name in OURS:
+            base_steps[name] = type(built.trainer.optimizer.optimizer).__name__
         if args.memory:
             memory[name] = peak
         bare = bare or passes(built.trainer)
@@ -284,6 +310,7 @@ def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
         "setting": setting._asdict(),
         "threads": torch.get_num_threads(),
         "base": next(iter(updates)),
+        "base_steps": base_steps,
         "unavailable": unavailable,
         "memory": memory,
         "seconds_of_all_rounds": time_in_turn(
@@ -295,6 +322,11 @@ def compare(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
             )
             for name, update in updates.items()
             if args.phase_rounds and name in OURS
+        },
+        "device_work": {
+            name: device_work(partial(update, batches[1]))
+            for name, update in updates.items()
+            if setting.device == "cuda" and args.phase_rounds
         },
     }
     if setting.processes > 1:
@@ -316,13 +348,13 @@ def measure(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
     return measure_here(args, setting)
 
 
-def measure_here(args: argparse.Namespace, setting: Setting) -> Dict[str, Any]:
-    """Return the comparison of one setting, made in this process."""
+def measure_here(args: argparse.Namespace, setting: Setting, model: Any = None) -> Dict[str, Any]:
+    """Return the comparison of one setting, made in this process; arguments as of `compare`."""
     torch.set_num_threads(args.threads or max((os.cpu_count() or 1) // setting.processes, 1))
     logging.disable(logging.INFO)
     with warnings.catch_warnings(), metrics.aggregate(new_root=True):
         warnings.simplefilter("ignore")
-        return compare(args, setting)
+        return compare(args, setting, model)
 
 
 def measure_rank(args: argparse.Namespace, setting: Setting) -> Optional[Dict[str, Any]]:

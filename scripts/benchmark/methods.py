@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -124,8 +125,11 @@ def arguments(setting: Setting, folder: Path) -> List[str]:
     return [str(folder), *paths, *text.split()]
 
 
-def build_trainer(argv: Sequence[str]) -> Any:
+def build_trainer(argv: Sequence[str], model: Any = None) -> Any:
     """Return a trainer as fairseq-train makes it.
+
+    Args:
+        model: to copy; without it, one is built, and its weights are drawn on the processor.
 
     Raises:
         MethodUnavailable: fairseq-train refuses an option; its own message is on stderr.
@@ -140,8 +144,8 @@ def build_trainer(argv: Sequence[str]) -> Any:
         distributed_init(cfg)
     torch.manual_seed(cfg.common.seed)
     task = tasks.setup_task(cfg.task)
-    model, criterion = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    return SharpnessAwareTrainer(cfg, task, model, criterion)
+    model = task.build_model(cfg.model) if model is None else copy.deepcopy(model)
+    return SharpnessAwareTrainer(cfg, task, model, task.build_criterion(cfg.criterion))
 
 
 def random_batches(setting: Setting, count: int, seed: int = 1) -> List[Sample]:
@@ -177,7 +181,9 @@ def with_clean_forward(trainer: Any) -> Update:
     return update
 
 
-def build_peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path]) -> Built:
+def build_peer(
+    name: str, setting: Setting, folder: Path, davda54: Optional[Path], model: Any
+) -> Built:
     """Return a public SAM on the same model, with torch's AdamW.
 
     As its README has it: two passes, no clipping, no log.
@@ -189,7 +195,7 @@ def build_peer(name: str, setting: Setting, folder: Path, davda54: Optional[Path
     cls: Any = None
     if name != TORCH:
         cls = sam_from_file(davda54) if name == DAVDA54 else sam_from_pytorch_optimizer()
-    trainer = build_trainer([*arguments(setting, folder), "--optimizer", "adam"])
+    trainer = build_trainer([*arguments(setting, folder), "--optimizer", "adam"], model)
     model, criterion = trainer.model, trainer.get_criterion()
     params = [p for p in model.parameters() if p.requires_grad]
     adam = {"lr": 1e-5, "betas": (0.9, 0.98), "eps": 1e-6, "weight_decay": 0.1}
@@ -262,21 +268,25 @@ class TorchLoop:
         self.base.zero_grad()
 
 
-def build(name: str, setting: Setting, davda54: Optional[Path] = None) -> Built:
+def build(name: str, setting: Setting, davda54: Optional[Path] = None, model: Any = None) -> Built:
     """Build a method.
+
+    Args:
+        davda54: sam.py of github.com/davda54/sam.
+        model: to copy, see `build_trainer`.
 
     Raises:
         MethodUnavailable: it cannot run with this setting or installation.
     """
     with tempfile.TemporaryDirectory() as folder:
         if name in PEERS:
-            return build_peer(name, setting, Path(folder) / "data", davda54)
+            return build_peer(name, setting, Path(folder) / "data", davda54, model)
         if "adam-step" in OURS[name] and setting.precision.startswith("memory-efficient"):
             raise MethodUnavailable("weights that are not float32 take the loop")
         if name == TWO_FORWARDS and setting.update_freq > 1:
             raise MethodUnavailable("with several micro-batches delta-SAM itself has two forwards")
         argv = arguments(setting, Path(folder) / "data")
-        trainer = build_trainer([*argv, *OURS[name].split()])
+        trainer = build_trainer([*argv, *OURS[name].split()], model)
     trainer.reset_dummy_batch(random_batches(setting, 1)[0])
     update = with_clean_forward(trainer) if name == TWO_FORWARDS else trainer.train_step
     return Built(update, trainer, getattr(trainer.cfg.optimizer, "sam_every", 1))

@@ -13,7 +13,7 @@ import statistics
 from datetime import date
 from functools import partial
 from pathlib import Path
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Sequence, Tuple
 
 import fairseq
 import numpy
@@ -42,6 +42,12 @@ def spread(ratios: Sequence[float]) -> float:
     return (quarters[2] - quarters[0]) / 2
 
 
+def ratio(found: Seconds, name: str, base: str, key: str) -> Tuple[float, float]:
+    """Return the median of the rounds' ratios of a method to another, and their spread."""
+    ratios = [a / b for a, b in zip(found[name][key], found[base][key])]
+    return statistics.median(ratios), spread(ratios)
+
+
 def summary(found: Seconds, setting: Setting, base: str) -> Dict[str, Dict[str, float]]:
     """Return method or pass -> its figures, with ratios to ``base`` within each round."""
     sentences = setting.batch_size * setting.update_freq * setting.processes
@@ -50,9 +56,7 @@ def summary(found: Seconds, setting: Setting, base: str) -> Dict[str, Dict[str, 
         row = {"seconds": statistics.median(seconds["wall"])}
         row["samples_per_second"] = sentences / row["seconds"]
         for key in ("wall", "cpu"):
-            ratios = [a / b for a, b in zip(seconds[key], found[base][key])]
-            row[f"{key}_ratio"] = statistics.median(ratios)
-            row[f"{key}_spread"] = spread(ratios)
+            row[f"{key}_ratio"], row[f"{key}_spread"] = ratio(found, name, base, key)
         rows[name] = row
     return rows
 
@@ -124,15 +128,20 @@ def method_table(result: Dict[str, Any]) -> str:
     base = result["base"]
     header = ["method", "ms an update", "samples/s", f"x {base}"]
     header += [f"x {base}, processor time"] if cpu else []
+    work = result["device_work"]
     header += ["peak memory, GiB"] if result["memory"] else []
+    header += ["GPU busy", "kernels"] if work else []
     rows = []
     for name, figures in result["rows"].items():
-        row = [name, f"{1000 * figures['seconds']:.0f}", f"{figures['samples_per_second']:.1f}"]
+        row = [name, f"{1000 * figures['seconds']:.1f}", f"{figures['samples_per_second']:.1f}"]
         for key in ("wall", "cpu")[: 1 + cpu]:
             row.append(f"{figures[f'{key}_ratio']:.3f} ± {figures[f'{key}_spread']:.3f}")
         if result["memory"]:
             peak = result["memory"].get(name)
             row.append("-" if peak is None else f"{peak / GIB:.2f}")
+        if work:
+            done = work[name] or {"seconds": float("nan"), "kernels": "-"}  # profiler saw none
+            row += [f"{done['seconds'] / figures['seconds']:.0%}", str(done["kernels"])]
         rows.append(row)
     missing = "; ".join(f"{name} ({why})" for name, why in result["unavailable"].items())
     return markdown_table(header, rows) + (f"\n\nNot measured: {missing}." if missing else "")
@@ -149,10 +158,8 @@ def floor_table(result: Dict[str, Any]) -> str:
         header += [name, f"measured / {name}"]
     rows = []
     for key in clocks:
-        ratios = [a / b for a, b in zip(seconds["delta-SAM"][key], seconds["SAM"][key])]
-        measured = statistics.median(ratios)
-        row = ["wall" if key == "wall" else "processor time"]
-        row.append(f"{measured:.3f} ± {spread(ratios):.3f}")
+        measured, scatter = ratio(seconds, "delta-SAM", "SAM", key)
+        row = ["wall" if key == "wall" else "processor time", f"{measured:.3f} ± {scatter:.3f}"]
         for figure in result["floors"][key].values():
             row += [f"{figure:.3f}", f"{measured / figure:.3f}"]
         rows.append(row)
@@ -192,7 +199,9 @@ def reduction_line(result: Dict[str, Any]) -> str:
     return f"All-reduce alone: {', '.join(taken)}." if taken else ""
 
 
-def machine(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]:
+def machine(
+    args: argparse.Namespace, argv: Sequence[str], program: str = "scripts.benchmark"
+) -> Dict[str, Any]:
     """Return what the figures are measured on and with."""
     cpuinfo = Path("/proc/cpuinfo")  # Linux only
     lines = cpuinfo.read_text().splitlines() if cpuinfo.is_file() else []
@@ -207,7 +216,7 @@ def machine(args: argparse.Namespace, argv: Sequence[str]) -> Dict[str, Any]:
         "fairseq": fairseq.__version__,
         "numpy": numpy.__version__,
         **peer_versions(args),
-        "command": shlex.join(["python", "-m", "scripts.benchmark", *argv]),
+        "command": shlex.join(["python", "-m", program, *argv]),
     }
     if args.device == "cuda":
         facts["gpu"] = torch.cuda.get_device_name()

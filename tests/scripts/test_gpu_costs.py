@@ -1,0 +1,191 @@
+"""What the first GPU run asks about costs: a dry run on the CPU, and what a kill leaves."""
+
+import functools
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+
+import pytest
+import torch
+
+from scripts.benchmark import measure, methods, report
+from scripts.gpu import costs
+
+SETTING = methods.Setting("small", 2, 8, 1, "fp32", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def process_as_before():
+    threads, disabled = torch.get_num_threads(), logging.root.manager.disable
+    precision = torch.get_float32_matmul_precision()
+    yield
+    torch.set_num_threads(threads)
+    logging.disable(disabled)
+    torch.set_float32_matmul_precision(precision)
+    costs.initial_model.cache_clear()
+
+
+def command(folder, seconds):
+    words = ["--device", "cpu", "--seconds", str(seconds)]
+    return [*words, "--work", str(folder / "work"), "--out", str(folder / "out")]
+
+
+def files(folder):
+    record = json.loads((folder / "out/costs.json").read_text())
+    return record, (folder / "work/costs.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """The same code path as on a GPU; nothing is compiled, which alone takes long on a CPU."""
+    folder = tmp_path_factory.mktemp("dry_run")
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    words = [sys.executable, "-m", "scripts.gpu.costs", *command(folder, 300)]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
+    assert done.returncode == 0, done.stderr
+    return files(folder)
+
+
+def test_dry_run(dry_run):
+    """All methods, both precisions, the rounding; both files say the same."""
+    record, text = dry_run
+    parts = record["parts"]
+    assert not any(part["why"] for part in parts.values())
+    full, rounding, half = (part["measured"] for part in parts.values())
+    assert {"Adam", "SAM", "delta-SAM", "SAM, torch loop"} <= set(full["rows"])
+    assert set(half["rows"]) == {"Adam", "SAM", "delta-SAM"} == set(half["base_steps"])
+    assert "SAM, davda54" in full["unavailable"] and "SAM, davda54 (--davda54" in text
+    assert [row["ratio"] for row in full["bars"]] == ["SAM / Adam", "delta-SAM / SAM"]
+    assert [row["bar"] for row in full["bars"]] == [2.05, 1.17]
+    assert [row["bar"] for row in half["bars"]] == [2.05, pytest.approx(8 / 6)]
+    (row,) = rounding["rows"]
+    assert row["weights"] > 5e6 and row["differ"] == 0 and 0.001 < row["moved"] < 1
+    assert set(row["seconds"]) == {"operations", "compiled"}
+    headings = [line for line in text.splitlines() if line.startswith("#")]
+    assert headings[0] == "## Costs of an update" and all(h.startswith("##") for h in headings)
+    for part in ("### Bars", "### Stochastic rounding", "### RoBERTa small, cpu, bf16", "| phase"):
+        assert part in text
+    for name in ("Adam", "SAM", "delta-SAM"):
+        assert f"| {name} " in text and full["memory"][name] > 0
+
+
+def test_a_kill_leaves_what_was_measured(tmp_path):
+    """At a moment when one part is done and the next has begun."""
+    words = [sys.executable, "-m", "scripts.gpu.costs", *command(tmp_path, 300)]
+    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(words, stderr=subprocess.DEVNULL, env=env) as process:
+        deadline = time.monotonic() + 120
+        while process.poll() is None and time.monotonic() < deadline:
+            if (tmp_path / "work/costs.md").is_file():
+                record, text = files(tmp_path)  # readable at any moment
+                first, second = list(record["parts"].values())[:2]
+                if first["measured"] and second["why"] == "not ended":
+                    break
+            time.sleep(0.01)
+        process.send_signal(signal.SIGKILL)
+    record, text = files(tmp_path)
+    whys = [part["why"] for part in record["parts"].values()]
+    assert whys == ["", "not ended", "not reached"]
+    assert "- stochastic rounding, cpu, bf16: not ended" in text
+    assert "| SAM " in text and "### Stochastic" not in text
+
+
+def test_no_part_begins_that_cannot_end(tmp_path, monkeypatch):
+    """10 s are left for parts of 4, 8 and 5 s, and time is spent by imports already."""
+    clock, begun = [0.0], []
+
+    def run(seconds):
+        begun.append(seconds)
+        clock[0] += seconds
+        return {"precision": "bf16", "seconds to compile": 0, "rows": [], "warnings": ""}
+
+    plan = [costs.Part(f"of {s} s", s, functools.partial(run, s)) for s in (4, 8, 5)]
+    monkeypatch.setattr(costs, "parts", lambda args: plan)
+    monkeypatch.setattr(costs.time, "monotonic", lambda: clock[0])
+    assert costs.main(command(tmp_path, 12), spent=2.0) == 0
+    assert begun == [4, 5]
+    _, text = files(tmp_path)
+    assert "- of 8 s: not begun, would take 8 s of the 6 s left" in text
+    begun.clear()
+    assert costs.main(command(tmp_path, 1)) == 1 and not begun
+
+
+def test_a_part_that_fails_does_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    def fail():
+        raise RuntimeError("CUDA error:\nno kernel image")
+
+    def succeed():
+        return {"precision": "bf16", "seconds to compile": 0, "rows": [], "warnings": "no gcc"}
+
+    plan = [costs.Part("one", 1, fail), costs.Part("two", 1, succeed)]
+    monkeypatch.setattr(costs, "parts", lambda args: plan)
+    assert costs.main(command(tmp_path, 60)) == 0
+    _, text = files(tmp_path)
+    assert "- one: failed, RuntimeError: CUDA error: no kernel image" in text
+    assert "Not compiled (bf16): no gcc." in text
+    assert "no kernel image" in capsys.readouterr().err
+
+
+def test_bars_by_hand():
+    """SAM 2.1 of Adam, above its bar; delta-SAM 1.3 of SAM: above that of one forward, not two."""
+    seconds = {"Adam": 10.0, "SAM": 21.0, "delta-SAM": 27.3, "forward": 1.0}
+    seconds.update({"forward without graph": 1.0, "forward and backward": 3.0})
+    found = {name: {"wall": [s], "cpu": [s]} for name, s in seconds.items()}
+    result = {"setting": SETTING._asdict(), "base": "Adam", "seconds_of_all_rounds": found}
+    sam, delta = costs.bars(report.add_figures(result))
+    assert sam["measured"] == pytest.approx(2.1) and not sam["met"]
+    assert delta["measured"] == pytest.approx(1.3) and not delta["met"]
+    assert delta["floor of the passes"] == pytest.approx(7 / 6)
+    result["setting"] = SETTING._replace(precision="fp16")._asdict()
+    assert costs.bars(report.add_figures(result))[1]["met"]
+
+
+def test_copies_of_a_model_are_independent():
+    """An update of one method leaves the weights of the others and of the model alone."""
+    model = costs.initial_model("small", "cpu")
+    start = [p.detach().clone() for p in model.parameters()]
+    one, two = (methods.build("SAM", SETTING, model=model) for _ in range(2))
+    one.update(methods.random_batches(SETTING, 1))
+    pairs = zip(start, model.parameters(), two.trainer.get_model().parameters())
+    assert all(torch.equal(a, b) and torch.equal(a, c) for a, b, c in pairs)
+    moved = zip(start, one.trainer.get_model().parameters())
+    assert any(not torch.equal(a, b) for a, b in moved)
+
+
+def test_work_of_the_gpu_by_hand(monkeypatch):
+    """Two kernels of 30 and 20 us; the processor's calls and marks do not count."""
+
+    def event(name, microseconds, device, mark=False):
+        span = types.SimpleNamespace(elapsed_us=lambda: microseconds)
+        return types.SimpleNamespace(
+            name=name, device_type=device, time_range=span, is_user_annotation=mark
+        )
+
+    cuda, cpu = torch.autograd.DeviceType.CUDA, torch.autograd.DeviceType.CPU
+    events = [event("gemm", 30, cuda), event("add", 20, cuda), event("cudaLaunchKernel", 9, cpu)]
+    events += [event("sam-forward", 50, cuda), event("Optimizer.step", 70, cuda, mark=True)]
+
+    class Profile:
+        def __init__(self, activities):
+            assert activities == [torch.profiler.ProfilerActivity.CUDA]
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def events(self):
+            return events
+
+    monkeypatch.setattr(torch.profiler, "profile", Profile)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    done = measure.device_work(lambda: None)
+    assert done == {"seconds": pytest.approx(50e-6), "kernels": 2}
+    events.clear()
+    assert measure.device_work(lambda: None) is None
