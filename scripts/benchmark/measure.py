@@ -6,6 +6,7 @@ The methods take turns, one update each, so that other work on the machine slows
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
@@ -15,12 +16,11 @@ import time
 import unittest.mock
 import warnings
 from functools import partial
-from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 import torch.distributed as dist
 from fairseq.logging import metrics
-from torch.autograd.profiler import record_function
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from deltasam_fairseq.trainer.ascent import autocast
@@ -139,50 +139,43 @@ def passes(trainer: Any) -> Dict[str, Update]:
     return {FORWARD: forward, WITHOUT_GRAPH: without_graph, FORWARD_AND_BACKWARD: backward}
 
 
-class _Synchronized(record_function):
-    """A mark whose wall time is that of the device's work inside it."""
-
-    def __enter__(self) -> Any:
-        torch.cuda.synchronize()
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.cuda.synchronize()
-        super().__exit__(*error)
-
-
-def own_seconds(events: Iterable[Any]) -> Dict[str, float]:
-    """Return phase -> seconds; time in a phase inside another counts for the inner one alone.
-
-    Args:
-        events: of torch's profiler, with ``name``, ``cpu_time_total`` (microseconds) and
-            ``cpu_parent``.
-    """
-    found: Dict[str, float] = {}
-    for event in events:
-        if event.name not in PHASES:
-            continue
-        outer = event.cpu_parent
-        while outer is not None and outer.name not in PHASES:
-            outer = outer.cpu_parent
-        for mark, sign in ((event, 1e-6), (outer, -1e-6)):
-            if mark is not None:
-                name = PHASES[mark.name]
-                found[name] = found.get(name, 0.0) + sign * event.cpu_time_total
-    return found
-
-
 def phases(update: Callable[[], Any], rounds: int, device: str) -> Dict[str, float]:
-    """Return the mean seconds of each phase of an update."""
-    mark = _Synchronized if device == "cuda" else record_function
-    patch = unittest.mock.patch.object(torch.autograd.profiler, "record_function", mark)
-    with patch, torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+    """Return the mean seconds of each phase of an update.
+
+    Time in a phase inside another counts for the inner one alone. Both ends of a mark wait for the
+    device, so that its work is in the phase.
+    """
+    seconds: Dict[str, float] = {}
+    entered: List[str] = []  # the innermost last
+    last = 0.0
+
+    def charge() -> None:
+        nonlocal last
+        synchronize(device)
+        now = time.perf_counter()
+        if entered:
+            seconds[entered[-1]] = seconds.get(entered[-1], 0.0) + now - last
+        last = now
+
+    @contextlib.contextmanager
+    def mark(name: str, args: Optional[str] = None) -> Iterator[None]:
+        if name not in PHASES:
+            yield
+            return
+        charge()
+        entered.append(PHASES[name])
+        try:
+            yield
+        finally:
+            charge()
+            entered.pop()
+
+    with unittest.mock.patch.object(torch.autograd.profiler, "record_function", mark):
         if dist.is_initialized():
-            dist.barrier()  # ranks start the profiler at different moments
+            dist.barrier()  # ranks come here at different moments
         for _ in range(rounds):
             with mark(UPDATE):
                 update()
-    seconds = own_seconds(profile.events())
     order = dict.fromkeys(PHASES.values())
     return {name: seconds[name] / rounds for name in order if name in seconds}
 

@@ -319,21 +319,29 @@ def test_a_sweep_is_drawn(tmp_path):
     assert (tmp_path / "sweep.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_phases_by_hand():
+def test_phases_by_hand(monkeypatch):
     """Inner phases do not count for outer ones; operations and foreign marks do."""
+    clock = [0.0]
+    monkeypatch.setattr(measure.time, "perf_counter", lambda: clock[0])
 
-    def event(name, seconds, parent=None):
-        return types.SimpleNamespace(name=name, cpu_time_total=1e6 * seconds, cpu_parent=parent)
+    @contextlib.contextmanager
+    def taking(name, seconds):
+        """A mark with so much of its own, half before and half after what is inside."""
+        with torch.autograd.profiler.record_function(name):
+            clock[0] += seconds / 2
+            yield
+            clock[0] += seconds / 2
 
-    update = event(measure.UPDATE, 31)
-    ascent = event("sam-ascent", 11, update)
-    foreign = event("not ours", 6, ascent)
-    forward = event("forward", 4, foreign)
-    operation = event("aten::add", 3, forward)
-    restore = event("sam-restore", 10, update)
-    found = measure.own_seconds([update, ascent, foreign, forward, operation, restore])
+    def update():
+        clock[0] += 10
+        with taking("sam-ascent", 5), taking("not ours", 2), taking("forward", 1):
+            clock[0] += 3  # an operation
+        with taking("sam-restore", 10):
+            pass
+
+    found = measure.phases(update, 2, "cpu")
     assert found == pytest.approx(
-        {measure.REST: 31 - 11 - 10, "rest of the ascent": 11 - 4, "forward": 4, "restore": 10}
+        {"forward": 4, "restore": 10, "rest of the ascent": 11 - 4, measure.REST: 31 - 11 - 10}
     )
 
 
