@@ -257,8 +257,8 @@ def markdown(record: Dict[str, Any]) -> str:
 
 def write(record: Dict[str, Any], args: argparse.Namespace) -> None:
     """Write both files."""
-    atomic_write(args.out / "costs.json", json.dumps(record, indent=1) + "\n")
     atomic_write(args.work / "costs.md", markdown(record))
+    atomic_write(args.out / "costs.json", json.dumps(record, indent=1) + "\n")
 
 
 def measure(part: Part) -> Dict[str, Any]:
