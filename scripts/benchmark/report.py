@@ -128,7 +128,7 @@ def method_table(result: Dict[str, Any]) -> str:
     base = result["base"]
     header = ["method", "ms an update", "samples/s", f"x {base}"]
     header += [f"x {base}, processor time"] if cpu else []
-    work = result["device_work"]
+    work = result.get("device_work")
     header += ["peak memory, GiB"] if result["memory"] else []
     header += ["GPU busy", "kernels"] if work else []
     rows = []

@@ -121,7 +121,7 @@ def compare_rounding(device: str, precision: str, shapes: Sequence[str]) -> Dict
     The weights are float32 and move by rho along gradients of half precision, as under --fp16.
     """
     dtype = HALF[precision]
-    rows = []
+    rows: List[Dict[str, Any]] = []
     with Warnings(compiled_rounding.logger) as messages:
         synchronize(device)
         begin = time.perf_counter()
