@@ -1,11 +1,12 @@
-"""Measure what an update costs on a GPU: the benchmark's settings, the most important first.
+"""Part 3: what an update costs on a GPU, the most important settings first.
 
-    python -m scripts.gpu.costs --device cuda --seconds 150 --work WORK --out OUT
+    python -m scripts.gpu.costs --device cuda --seconds 150 --kit .gpu --work WORK --out OUT
 
 Compares Adam, SAM and delta-SAM on RoBERTa base and large in float32, float16 and bfloat16, and
 stochastic rounding in one compiled kernel with the plain operations. OUT/costs.json and
 WORK/costs.md are rewritten after each part, so that a kill leaves what was measured. No part
-begins that is not expected to end within --seconds. TF32 is off.
+begins that is not expected to end within --seconds. TF32 is off. KIT/sam.py, if it is there, is
+compared too: github.com/davda54/sam's.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ from deltasam_fairseq.algorithms import OPERATIONS, Kernels, StochasticRounding,
 from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.optim import compiled_rounding
-from deltasam_fairseq.options import ranged
 from scripts.benchmark.measure import Seconds, Update, measure_here, synchronize, time_in_turn
 from scripts.benchmark.methods import OURS, PEERS, RHO, Setting, arguments, build_trainer
 from scripts.benchmark.report import (
@@ -41,6 +41,7 @@ from scripts.benchmark.report import (
     phase_table,
     ratio,
 )
+from scripts.gpu.part import part_options
 
 METHODS = ("Adam", "SAM", "delta-SAM")
 STEPS = ("Adam, fairseq", "Adam, fused")  # other base steps, beside that of "Adam"
@@ -276,22 +277,6 @@ def measure(part: Part) -> Dict[str, Any]:
     return {"measured": found, "why": why, "seconds": time.monotonic() - begin}
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the options."""
-    options = argparse.ArgumentParser(
-        prog="python -m scripts.gpu.costs",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = options.add_argument
-    add("--device", choices=("cpu", "cuda"), required=True, help="cpu: a dry run, smallest sizes")
-    add("--seconds", type=ranged(float, at_least=0), required=True, help="in which to end")
-    add("--work", type=Path, required=True, help="folder for costs.md")
-    add("--out", type=Path, required=True, help="folder for costs.json")
-    add("--kit", type=Path, default=Path(".gpu"), help="folder, maybe with davda54's sam.py (.gpu)")
-    return options
-
-
 def main(argv: Optional[Sequence[str]] = None, spent: float = 0.0) -> int:
     """Measure what there is time for; return 0 if that is anything.
 
@@ -299,7 +284,7 @@ def main(argv: Optional[Sequence[str]] = None, spent: float = 0.0) -> int:
         spent: of --seconds already, by imports.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = parser().parse_args(argv)
+    args = part_options(__doc__).parse_args(argv)
     begin = time.monotonic() - spent
     torch.set_float32_matmul_precision("highest")
     benchmark = {

@@ -32,6 +32,7 @@ def process_as_before():
 
 def command(folder, seconds):
     words = ["--device", "cpu", "--seconds", str(seconds)]
+    words += ["--kit", str(folder / "kit")]
     return [*words, "--work", str(folder / "work"), "--out", str(folder / "out")]
 
 
