@@ -268,13 +268,10 @@ class AscentStep:
         """Require once a run that the per-sentence losses add up to the criterion's own loss."""
         criterion, model = self._trainer.get_criterion(), self._trainer.get_model()
         total = self._forwards([(sample, False)], replay)[0].losses.double().sum().item()
-
-        def loss() -> float:
-            replay()
-            with torch.no_grad(), autocast(self._trainer.cfg):
-                return float(criterion(model, sample)[0])
-
-        require_same_sum(criterion, total, loss, next(model.parameters()).dtype)
+        replay()
+        with torch.no_grad(), autocast(self._trainer.cfg):
+            stock = float(criterion(model, sample)[0])
+        require_same_sum(criterion, total, stock, next(model.parameters()).dtype)
 
     def _draw(self) -> Tuple[int, int]:
         """Seed and update, on which the random numbers of an update depend."""
