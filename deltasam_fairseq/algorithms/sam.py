@@ -12,8 +12,8 @@ from torch import Tensor
 from deltasam_fairseq.algorithms.rounding import StochasticRounding, at_least_float32
 
 # Elements of half precision that are moved at a time: the float32 values in between are then
-# small beside the weights.
-_PIECE = 1 << 20
+# small beside the weights, and a GPU has few operations to start.
+_PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}
 
 
 class Perturbation(NamedTuple):
@@ -89,7 +89,7 @@ def move_along_(
             continue
         for v, w, d in _pieces(*tensors):
             w = at_least_float32(w)
-            v.copy_(w + d.to(w.dtype) * scale.to(w.device, w.dtype))
+            torch.addcmul(w, d.to(w.dtype), scale.to(w.device, w.dtype), out=v)
     return torch.ones_like(scale, dtype=torch.float64)
 
 
@@ -97,7 +97,8 @@ def _pieces(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
     """Return tensors of one shape piece by piece, flat; whole if one is not contiguous."""
     if not all(t.is_contiguous() for t in tensors):
         return iter([tensors])
-    return zip(*(t.view(-1).split(_PIECE) for t in tensors))
+    size = _PIECE.get(tensors[0].device.type, _PIECE["cuda"])
+    return zip(*(t.view(-1).split(size) for t in tensors))
 
 
 def sam_ascent_(

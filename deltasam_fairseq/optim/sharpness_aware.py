@@ -1,7 +1,7 @@
 """The optimizer wrapper: perturbs the model's weights and restores them before the base steps."""
 
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterable, List, Optional, Sequence, Tuple, Type, Union
 
 import torch
 from fairseq.optim import FairseqOptimizer
@@ -82,12 +82,14 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self._ready_to_step = False
         self._thread = ThreadPoolExecutor(1)
         self._drawing: Optional[Tuple[int, int, Future]] = None
+        self._ahead: Optional[Tuple[int, int, Tensor]] = None  # seed, update, R of the last probe
 
     def compute_in(
         self,
         dtype: torch.dtype,
         masters: Optional[Dict[Parameter, Tensor]] = None,
         tf32: bool = False,
+        gradients: Optional[Dict[Parameter, Tensor]] = None,
     ) -> None:
         """Say what precision the forward computes in; without it, float32 or better.
 
@@ -96,11 +98,14 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             masters: the float32 copies of the model's weights that are stepped, if there are.
             tf32: whether products of float32 round to TF32, whose mantissa is float16's: the
                 literal probe would drown in it, the ascent does not.
+            gradients: of the copies, see `OverwrittenWeights`.
         """
         self.half_dtype = dtype if torch.finfo(dtype).bits < 32 else None
         tf32 = tf32 and dtype == torch.float32
         self.probe_dtype = torch.float16 if tf32 else self.half_dtype
-        self.weights = SwappedWeights() if masters is None else OverwrittenWeights(masters)
+        self.weights = (
+            SwappedWeights() if masters is None else OverwrittenWeights(masters, gradients)
+        )
 
     def describe(self) -> str:
         """One line for the log: what this optimizer does, with its values."""
@@ -152,19 +157,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """Begin to draw the direction of the next `probe` of these arguments in a thread.
 
         Only on a CPU, where it hides the time of drawing behind the clean forward if a core, or
-        half of one, is free. The numbers are the same.
+        half of one, is free, and only where there is `room`. The numbers are the same.
         """
         self._wait_for_direction()  # an update that broke off may have left one
-        values = self.weights.values(params)
-        device = values[0].device
-        if (
-            isinstance(self.weights, SwappedWeights)
-            and device.type == "cpu"
-            and not self.half_dtype
-        ):
-            out = self.weights.buffers(params)
-            generator = probe_generator(seed, update, device)
-            drawing = self._thread.submit(fill_direction_, out, generator, 1)
+        room = self.weights.room(params)
+        if room is not None and room[0].device.type == "cpu":
+            generator = probe_generator(seed, update, room[0].device)
+            drawing = self._thread.submit(fill_direction_, room, generator, 1)
             self._drawing = (seed, update, drawing)
 
     def _wait_for_direction(self) -> Optional[Tuple[int, int]]:
@@ -188,22 +187,33 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Args:
             params: all trainable weights, in the same order on every process.
             seed, update: what the draw depends on, see `probe_generator`.
-            sign: of the direction, see `probe_signs`.
+            sign: of the direction, see `probe_signs`. The probe behind w that follows the one
+                ahead draws nothing where there was room for u.
 
         Returns:
             R, 0-dim float64.
         """
+        ahead, self._ahead = self._ahead, None
         values = self.weights.values(params)
-        radius = self._choose_probe_radius(values)
+        other_side = ahead is not None and sign < 0 and ahead[:2] == (seed, update)
+        radius = ahead[2] if ahead and other_side else self._choose_probe_radius(values)
 
         def write(out: List[Tensor]) -> None:
-            if out[0].element_size() >= 4:
-                self._draw_and_move(out, values, sign * radius, seed, update)
+            if out[0].element_size() < 4:
+                u = self._direction(params, seed, update, drawn=other_side)
+                # ||u|| is sqrt(d) but for a share of 1 / sqrt(2 d).
+                norm = sum(v.numel() for v in out) ** 0.5
+                move_along_(out, values, u, (sign * radius / norm).float())
+            elif other_side:  # the buffers still are w + R u / ||u||
+                for v, w in zip(out, values):
+                    v.neg_().add_(w, alpha=2)
             else:
-                self._move_while_drawing(out, values, sign * radius, seed, update)
+                self._draw(out, seed, update)
+                move_along_(out, values, out, sign * radius / global_norm(out))
 
         with torch.autograd.profiler.record_function("sam-perturb"):
             self.weights.move(params, write)
+        self._ahead = (seed, update, radius) if sign > 0 else None
         return radius
 
     def _choose_probe_radius(self, values: List[Tensor]) -> Tensor:
@@ -213,27 +223,27 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         radius = self.rho if self.probe_radius is None else self.probe_radius
         return torch.full((), radius, dtype=torch.float64, device=values[0].device)
 
-    def _draw_and_move(
-        self, out: List[Tensor], values: List[Tensor], distance: Tensor, seed: int, update: int
-    ) -> None:
-        """Draw u where the moved weights go, unless `draw_ahead` did; take its norm; move."""
+    def _direction(
+        self, params: Sequence[Parameter], seed: int, update: int, drawn: bool
+    ) -> Iterable[Tensor]:
+        """u in float32: in the room for it, or else drawn a weight at a time while it is read.
+
+        Args:
+            drawn: whether the room holds it.
+        """
+        room = self.weights.room(params)
+        if room is None:
+            return directions(params, probe_generator(seed, update, params[0].device))
+        if not drawn:
+            self._draw(room, seed, update)
+        return room
+
+    def _draw(self, out: List[Tensor], seed: int, update: int) -> None:
+        """Draw u into ``out``, unless `draw_ahead` did."""
         with torch.autograd.profiler.record_function("sam-draw"):
             if self._wait_for_direction() != (seed, update):
-                generator = probe_generator(seed, update, values[0].device)
+                generator = probe_generator(seed, update, out[0].device)
                 fill_direction_(out, generator, torch.get_num_threads())
-            norm = global_norm(out)
-        move_along_(out, values, out, distance / norm)
-
-    def _move_while_drawing(
-        self, out: List[Tensor], values: List[Tensor], distance: Tensor, seed: int, update: int
-    ) -> None:
-        """The same for half precision, which cannot hold u: draw it a weight at a time.
-
-        The norm of d standard normal numbers is sqrt(d) but for a share of 1 / sqrt(2 d).
-        """
-        d = sum(v.numel() for v in out)
-        u = directions(out, probe_generator(seed, update, values[0].device))
-        move_along_(out, values, u, distance / d**0.5)
 
     def ascend(self, params: Sequence[Parameter], seed: int, update: int) -> Perturbation:
         """Move the weights to ``w + eps*`` along the gradients that they hold, reduced already.
@@ -248,6 +258,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         Returns:
             a `Perturbation`, its norm in the units of the gradients that were found.
         """
+        self._ahead = None  # what is left of its direction may be overwritten
         found = [(p, p.grad) for p in params if p.grad is not None]
         climbing = [p for p, _ in found]
         grads = [g.to_dense() if g.is_sparse else g for _, g in found]
@@ -285,6 +296,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def skip_ascent(self) -> None:
         """This update is one of the base optimizer alone."""
+        self._wait_for_direction()  # of an update that broke off: it writes where gradients go
         self._ready_to_step = True
 
     def restore(self) -> None:
@@ -420,15 +432,36 @@ def masters_of(optimizer: FairseqOptimizer) -> Optional[Dict[Parameter, Tensor]]
         the copy of every weight, in its shape, a view of what the base optimizer steps; None
         where there are no copies.
     """
+    return _of_masters(optimizer, lambda master: master.data)
+
+
+def gradients_of_masters(optimizer: FairseqOptimizer) -> Optional[Dict[Parameter, Tensor]]:
+    """Their gradients, likewise, which FP16Optimizer allocates for the whole of a run.
+
+    Each step it copies the gradients of the half-precision weights to them; between `zero_grad`
+    and that nothing reads them.
+    """
+    return _of_masters(optimizer, lambda master: master.grad)
+
+
+def _of_masters(
+    optimizer: FairseqOptimizer, part: Callable[[Parameter], Optional[Tensor]]
+) -> Optional[Dict[Parameter, Tensor]]:
     masters = getattr(optimizer, "fp32_params", None)
     if masters is None:
         return None
     params = list(optimizer.fp16_params)
-    if not isinstance(masters, dict):
-        return {p: master.data for p, master in zip(params, masters)}
     views: Dict[Parameter, Tensor] = {}
+    if not isinstance(masters, dict):
+        parts = [part(master) for master in masters]
+        if any(found is None for found in parts):
+            return None
+        return {p: found for p, found in zip(params, parts) if found is not None}
     for device, flat in masters.items():
+        whole = part(flat)
+        if whole is None:
+            return None
         own = [p for p in params if len(masters) == 1 or p.device.index == device]
-        pieces = flat.data.split([p.numel() for p in own])
+        pieces = whole.split([p.numel() for p in own])
         views.update((p, piece.view_as(p)) for p, piece in zip(own, pieces))
     return views

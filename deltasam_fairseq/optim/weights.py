@@ -1,7 +1,7 @@
 """Moving a model's weights away and back, bit for bit."""
 
 import contextlib
-from typing import Any, Callable, Dict, Iterator, List, Sequence
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence
 
 import torch
 from torch import Tensor
@@ -56,6 +56,14 @@ class SwappedWeights:
         """What `move` will give to ``write``; free to be written to while nothing is moved."""
         return [self._buffer(p) for p in parameters]
 
+    def room(self, parameters: Sequence[Parameter]) -> Optional[List[Tensor]]:
+        """Tensors of at least float32 for a direction, one a parameter, if they cost no memory.
+
+        They are `buffers`, so that a direction is gone once the weights are moved.
+        """
+        buffers = self.buffers(parameters)
+        return None if any(b.element_size() < 4 for b in buffers) else buffers
+
     def _buffer(self, p: Parameter) -> Tensor:
         found = self._buffers.get(p)
         if found is None or (found.shape, found.dtype, found.device) != (
@@ -100,10 +108,17 @@ class OverwrittenWeights:
 
     Args:
         masters: the float32 copy of every parameter, same shapes.
+        gradients: of the copies, in float32, if there are. They are `room` for a direction in
+            every update until the gradients of the step are copied to them.
     """
 
-    def __init__(self, masters: Dict[Parameter, Tensor]) -> None:
+    def __init__(
+        self,
+        masters: Dict[Parameter, Tensor],
+        gradients: Optional[Dict[Parameter, Tensor]] = None,
+    ) -> None:
         self._masters = masters
+        self._gradients = gradients
         self._parameters: List[Parameter] = []
 
     @property
@@ -114,6 +129,10 @@ class OverwrittenWeights:
     def values(self, parameters: Sequence[Parameter]) -> List[Tensor]:
         """The weights in the highest precision that they are kept in."""
         return [self._masters[p].data for p in parameters]
+
+    def room(self, parameters: Sequence[Parameter]) -> Optional[List[Tensor]]:
+        """See `SwappedWeights.room`; what is written here stays when the weights are moved."""
+        return None if self._gradients is None else [self._gradients[p] for p in parameters]
 
     def move(self, parameters: Sequence[Parameter], write: Writer) -> Any:
         """See `SwappedWeights.move`."""

@@ -25,7 +25,12 @@ from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.checkpoints import DataRecord
 from deltasam_fairseq.checkpoints.data_record import KEY as DATA
 from deltasam_fairseq.criterions import RegularisedCriterion
-from deltasam_fairseq.optim import SharpnessAwareOptimizer, masters_of, sharpness_aware
+from deltasam_fairseq.optim import (
+    SharpnessAwareOptimizer,
+    gradients_of_masters,
+    masters_of,
+    sharpness_aware,
+)
 from deltasam_fairseq.trainer.ascent import AscentStep, Prepared, autocast
 from deltasam_fairseq.trainer.averaging import AveragingTrainer
 from deltasam_fairseq.trainer.checkpoint_state import (
@@ -90,7 +95,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._trained = weights.trained
         if sam is not None:
             tf32 = multiplies_in_tf32(self.device)
-            sam.compute_in(self._compute_dtype(), masters_of(self._optimizer), tf32)
+            copies = masters_of(self._optimizer), tf32, gradients_of_masters(self._optimizer)
+            sam.compute_in(self._compute_dtype(), *copies)
             self._ascent_step = AscentStep(self, sam, weights)
             logger.info(sam.describe())
             if isinstance(self._optimizer, AMPOptimizer):

@@ -67,3 +67,76 @@ def test_a_parameter_that_is_not_contiguous(sam):
     assert not params[index].is_contiguous()
     found = probed(optimizer, params, 1, 7)
     torch.testing.assert_close(found, expected)
+
+
+MODES = {
+    "bf16": ["--bf16"],
+    "flat-fp16": ["--fp16"],
+    "memory-efficient-bf16": ["--memory-efficient-bf16"],
+}
+
+
+def both_sides(sam, params, seed, update):
+    """The weights ahead and behind, and how many directions were drawn."""
+    module, drawn = sys.modules["deltasam_fairseq.optim.sharpness_aware"], []
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("fill_direction_", "directions"):
+            real = getattr(module, name)
+            patch.setattr(module, name, lambda *a, real=real: drawn.append(1) or real(*a))
+        found = []
+        for sign in (1.0, -1.0):
+            sam.probe(params, seed, update, sign)
+            found.append([p.data.clone() for p in params])
+            sam.restore()
+    return found, len(drawn)
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_both_sides_of_one_drawing_in_half_precision(classification, tmp_path, mode):
+    """Bit for bit the sides of two drawings, which is how it is without room for the direction."""
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *MODES[mode])
+    trainer = tiny.build_trainer(argv)
+    sam, params = sharpness_aware(trainer.optimizer), trainer._trainable()
+    before = [p.data.clone() for p in params]
+    expected = [probed(sam, params, 1, 7)]
+    sam.probe(params, 1, 7, -1.0)
+    expected.append([p.data.clone() for p in params])
+    sam.restore()
+    found, drawn = both_sides(sam, params, 1, 7)
+    assert drawn == (2 if "memory" in mode else 1)
+    for sides in zip(found, expected):
+        assert all(map(torch.equal, *sides))
+    if "memory" not in mode:
+        sam.draw_ahead(params, 1, 7)
+        assert sam._drawing is not None
+        found, drawn = both_sides(sam, params, 1, 7)
+        assert drawn == 0 and all(map(torch.equal, found[1], expected[1]))
+        trainer.zero_grad()  # as fairseq does before the descent: nothing is left of u
+        assert all((g == 0).all() for g in sam.weights.room(params))
+    assert all(map(torch.equal, [p.data for p in params], before))
+
+
+def test_other_side_of_another_update_is_drawn(classification, tmp_path):
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", "--bf16")
+    trainer = tiny.build_trainer(argv)
+    sam, params = sharpness_aware(trainer.optimizer), trainer._trainable()
+    sam.probe(params, 1, 8, -1.0)
+    expected = [p.data.clone() for p in params]
+    sam.restore()
+    sam.probe(params, 1, 7)
+    sam.restore()
+    sam.probe(params, 1, 8, -1.0)
+    assert all(map(torch.equal, [p.data for p in params], expected))
+    sam.restore()
+
+
+def test_other_side_in_float32_is_a_reflection(sam):
+    """2 w - (w + R u): to 2^-23 of the weight what is drawn again."""
+    optimizer, params = sam
+    optimizer.compute_in(torch.float32, tf32=True)
+    optimizer.probe(params, 1, 7, -1.0)
+    expected = [p.data.clone() for p in params]
+    optimizer.restore()
+    (_, found), drawn = both_sides(optimizer, params, 1, 7)
+    assert drawn == 1
+    torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
