@@ -15,9 +15,11 @@ import sys
 import threading
 import time
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 from deltasam_fairseq.data.files import sha256
+from examples.common import warm
+from examples.common.fairseq_log import read_figures
 
 STAMP = "stage.json"  # written last: a folder that holds it is complete
 LOG = "output.log"
@@ -110,18 +112,10 @@ def last_lines(log: Path, count: int) -> List[str]:
 
 def progress(log: Path) -> str:
     """Return what the newest line of fairseq's JSON log says, in short; empty if there is none."""
-    for line in reversed(last_lines(log, LOG_LINES)):
-        start = line.find('{"epoch"')
-        if start < 0:
-            continue
-        try:
-            stats = json.loads(line[start:])
-        except ValueError:
-            continue
-        stats = {key.replace("train_", "").replace("valid_", ""): v for key, v in stats.items()}
-        keys = ("epoch", "num_updates", "loss", "accuracy")
-        return ", ".join(f"{key} {stats[key]}" for key in keys if key in stats)
-    return ""
+    found = next(filter(None, map(read_figures, reversed(last_lines(log, LOG_LINES)))), {})
+    figures = {key.replace("train_", "").replace("valid_", ""): v for key, v in found.items()}
+    keys = ("epoch", "num_updates", "loss", "accuracy")
+    return ", ".join(f"{key} {figures[key]:g}" for key in keys if key in figures)
 
 
 def is_done(stage: Stage) -> bool:
@@ -207,13 +201,7 @@ def _make(
     threads = {"OMP_NUM_THREADS": str(cores), "OMP_WAIT_POLICY": "PASSIVE"}
     variables = {**os.environ, **threads, "PYTHONHASHSEED": "0", **(environment or {})}
     with log.open("ab") as output:
-        process = subprocess.Popen(
-            command,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=variables,
-            pass_fds=[lock],
-        )
+        process = warm.start(command, output, lock, variables)
         try:
             watch(process, stage, position, log, begin, stop)
         except BaseException:
@@ -240,7 +228,7 @@ def _make(
 
 
 def watch(
-    process: subprocess.Popen,
+    process: Union[warm.Fork, subprocess.Popen],
     stage: Stage,
     position: str,
     log: Path,

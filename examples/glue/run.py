@@ -10,8 +10,8 @@ command skips what is done and goes on with what was cut.  ``--list`` shows the 
 makes the N-th alone, as slurm.sbatch does.
 
 Your own task: any folder with train.tsv and dev.tsv beside GLUE's, its columns by --task-columns.
-A task without a recipe takes the backbone's default one, 10 epochs.  For experiments, --train-rows
-and --label-noise make the training data smaller and wrong in part.
+A task without a recipe takes the backbone's default one, --epochs of it.  For experiments,
+--train-rows and --label-noise make the training data smaller and wrong in part.
 
     python -m examples.glue.run --glue-dir DATA --tasks TREC --task-columns sentence label \\
         --train-rows 1000 --label-noise 0.4 --checkpoint minilm/model.pt --backbone minilm ...
@@ -55,11 +55,13 @@ HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.
     "sam": ("sam_rho",),
     "delta_sam": ("sam_rho", "delta_sam_beta"),
 }
+LR = "lr"  # of every optimizer, chosen too where search.py has --lr
 REGULARISERS = ("r3f", "r4f", "r_drop", "freelb", "smart", "vat", "distill")
 AVERAGES = ("swa", "ema")
 OWN_RECIPES = {"minilm": "bert_base", "minilm_3": "bert_base"}  # of backbones without their own
 DEFAULT = "default"  # recipe of a backbone for tasks that have none; it counts epochs
-EPOCHS, BATCH = 10, 16
+BATCH = 16  # of a default recipe
+METRICS = {"CoLA": "mcc", "MRPC": "acc_and_f1", "QQP": "acc_and_f1"}  # else accuracy, correlation
 WARMUP = 0.06  # share of the updates, of a default recipe
 PRECISIONS: Dict[str, List[str]] = {
     "fp32": [],
@@ -100,6 +102,12 @@ def common_options(description: str) -> argparse.ArgumentParser:
     )
     add("--label-noise", type=float, metavar="SHARE", help="share of wrong labels to train on")
     add("--noise-seed", type=int, default=1, help="of --train-rows and --label-noise (default: 1)")
+    add(
+        "--epochs",
+        type=ranged(int, at_least=1),
+        default=10,
+        help="of a default recipe (default: 10)",
+    )
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     add(
         "--bpe",
@@ -168,6 +176,7 @@ def method_overrides(
         raise ValueError(f"--methods {method}: at most one optimizer, one regulariser, one average")
     optimizer = optimizers[0] if optimizers else "adam"
     overrides = [f"+method={optimizer}"]
+    overrides += [f"optimization.lr=[{chosen[LR]:g}]"] if chosen and LR in chosen else []
     overrides += [f"optimizer.{o}={chosen[o]:g}" for o in HYPERPARAMETERS[optimizer] if chosen]
     for name in regularisers:
         own = CONFIG / "regulariser" / f"{name}_{task}.yaml"
@@ -257,16 +266,18 @@ def size_overrides(args: argparse.Namespace, task: str) -> List[str]:
                 "recipe of its own; prepare it with python -m deltasam_fairseq.glue.prepare"
             )
         classes, rows = len(record["labels"]), record["splits"]["train"]["rows"]
-    updates = EPOCHS * -(-rows // BATCH)
-    scores = ["regression_target", "report_pearson_and_spearman"]
+    updates = args.epochs * -(-rows // BATCH)
+    metric = METRICS.get(task, "accuracy" if classes else "pearson_and_spearman")
+    criterion = [] if classes else ["regression_target"]
+    criterion += [] if metric == "accuracy" else [f"report_{metric}"]
     return [
         f"task.num_classes={classes or 1}",
         f"dataset.batch_size={BATCH}",
         f"optimization.max_update={updates}",
         f"lr_scheduler.total_num_update={updates}",
         f"lr_scheduler.warmup_updates={int(WARMUP * updates)}",
-        *([] if classes else [f"criterion.{name}=true" for name in scores]),
-        f"checkpoint.best_checkpoint_metric={'accuracy' if classes else 'pearson_and_spearman'}",
+        *(f"criterion.{name}=true" for name in criterion),
+        f"checkpoint.best_checkpoint_metric={metric}",
     ]
 
 
@@ -307,7 +318,8 @@ def read_chosen(
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             for task, values in record["chosen"].items():
-                chosen[task] = {o: float(values[o]) for o in HYPERPARAMETERS["delta_sam"]}
+                options = [*HYPERPARAMETERS["delta_sam"], *({LR} & set(values))]
+                chosen[task] = {option: float(values[option]) for option in options}
                 if not all(0 < value < float("inf") for value in chosen[task].values()):
                     raise ValueError(f"{task}: {values} are not all above 0")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:

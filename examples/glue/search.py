@@ -5,7 +5,8 @@
     python -m examples.glue.run ... --chosen results/search/chosen.json
 
 A share of train.tsv's rows, always the same ones, is held out to validate with (--hold-out); the
-rest is trained on.  First SAM with every rho; then delta-SAM with every beta, at the rho that was
+rest is trained on.  With --lr, first Adam with every learning rate, and its best one for all
+methods.  Then SAM with every rho; then delta-SAM with every beta, at the rho that was
 the best of SAM's.  The best is that with the highest mean over --seeds of the task's own metric; of
 equal ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips
 what is done and goes on with what was cut; other tasks are added to the same ``chosen.json``.
@@ -34,6 +35,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the options."""
     options = glue.common_options(__doc__.splitlines()[0])
     add = options.add_argument
+    add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
     add("--rho", nargs="+", type=float, default=[0.01, 0.02, 0.05], help="to try, above 0")
     add("--beta", nargs="+", type=float, default=[3, 5, 10, 20, 50, 70], help="to try, above 0")
     add("--hold-out", type=float, default=0.2, help="share of train.tsv (default: 0.2)")
@@ -45,7 +47,7 @@ def check(args: argparse.Namespace) -> str:
     """Return what is wrong with the arguments and how to mend it, or nothing; sets defaults."""
     if args.glue_dir is None:
         return "give --glue-dir, GLUE's TSV files: the rows to hold out are taken from train.tsv"
-    for name in ("rho", "beta"):
+    for name in ("lr", "rho", "beta"):
         values = list(dict.fromkeys(getattr(args, name)))
         setattr(args, name, values)
         if not all(0 < value < float("inf") for value in values):
@@ -70,7 +72,7 @@ def try_out(
     """Run a method with several values of its options; return the best ones, and all scores.
 
     Args:
-        method: sam or delta_sam.
+        method: adam, sam or delta_sam.
         trials: task -> the values to try, in the order of preference.
 
     Raises:
@@ -148,12 +150,17 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     path, facts = args.out / "chosen.json", record_of(args, overrides)
     before = earlier(path, facts)
     run_all(glue.preparation(args, args.hold_out), args.cores)
-    rhos: Dict[str, List[Dict[str, float]]]
-    rhos = {task: [{RHO: rho} for rho in args.rho] for task in args.tasks}
+    adam: Chosen = {task: {} for task in args.tasks}
+    adam_scores: Scores = {task: {} for task in args.tasks}
+    if args.lr:
+        rates = {task: [{glue.LR: lr} for lr in args.lr] for task in args.tasks}
+        adam, adam_scores = try_out(args, "adam", rates, overrides, gpus)
+    rhos = {task: [{**adam[task], RHO: rho} for rho in args.rho] for task in args.tasks}
     sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
     betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
     chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus)
-    scores = {task: {**sam_scores[task], **scores[task]} for task in args.tasks}
+    steps = (adam_scores, sam_scores, scores)
+    scores = {task: {k: v for step in steps for k, v in step[task].items()} for task in args.tasks}
     record = {
         "chosen": {**before["chosen"], **chosen},
         "scores": {**before["scores"], **scores},

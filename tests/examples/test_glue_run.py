@@ -126,6 +126,7 @@ class TestRunner:
         log = (out / "RTE" / "r3f+delta_sam-seed1" / "train.log").read_text()
         assert re.search('"train_symm_kl"', log) and re.search('"train_sharpness"', log)
         assert (out / "RTE" / "adam-seed1" / "checkpoint_best.pt").is_file()
+        assert (out / "RTE" / "adam-seed1" / "hydra" / ".hydra" / "config.yaml").is_file()
         assert not (out / "RTE" / "adam-seed1" / "checkpoint_last.pt").exists()
         with (out / "report" / "runs.csv").open() as file:
             assert len(list(csv.DictReader(file))) == 2

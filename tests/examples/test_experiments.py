@@ -1,0 +1,121 @@
+"""examples.glue.experiments, dry: a random MiniLM on a few rows, through the same program."""
+
+import json
+
+import pytest
+import torch
+
+from examples.glue import experiments, noisy_data
+from tests.helpers.processes import run_module
+
+REASON = "MiniLM is converted by transformers; pip install transformers"
+transformers = pytest.importorskip("transformers", reason=REASON)
+WORDS = "a b c d e f g h".split()
+
+
+@pytest.fixture(scope="module")
+def kit(tmp_path_factory):
+    """What the machine gets: a model of MiniLM's size with another vocabulary, RTE, and TREC."""
+    folder = tmp_path_factory.mktemp("kit")
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
+    torch.manual_seed(1)
+    config = transformers.BertConfig(
+        vocab_size=len(tokens),
+        hidden_size=384,
+        num_hidden_layers=6,
+        num_attention_heads=12,
+        intermediate_size=1536,
+        max_position_embeddings=512,
+    )
+    transformers.BertModel(config).save_pretrained(folder / "minilm")
+    (folder / "minilm" / "vocab.txt").write_text("\n".join(tokens) + "\n")
+    rows = [(WORDS[i % 8], WORDS[i % 5], i % 2) for i in range(60)]
+    pairs = "".join(
+        f"{i}\t{a}\t{b}\t{['entailment', 'not_entailment'][y]}\n"
+        for i, (a, b, y) in enumerate(rows)
+    )
+    texts = "".join(f"{a} {b}\tc{y}\n" for a, b, y in rows)
+    for file in ("train.tsv", "dev.tsv"):
+        for task, head, lines in (
+            ("glue/RTE", "index\tsentence1\tsentence2\tlabel", pairs),
+            ("text/TREC", "sentence\tlabel", texts),
+        ):
+            (folder / task).mkdir(parents=True, exist_ok=True)
+            (folder / task / file).write_text(f"{head}\n{lines}")
+    return folder
+
+
+def make(kit, tmp_path, *more, seconds=100):
+    argv = ["--device", "cpu", "--seconds", seconds, "--kit", kit, "--jobs", 2, *more]
+    argv += ["--work", tmp_path / "work", "--out", tmp_path / "out"]
+    result = run_module("examples.glue.experiments", argv, tmp_path / "said")
+    record = json.loads((tmp_path / "out" / "trainings.json").read_text())
+    return result, record, (tmp_path / "work" / "trainings.md").read_text()
+
+
+def test_glue(kit, tmp_path):
+    result, record, page = make(kit, tmp_path)
+    assert result.returncode == 0, result.stdout
+    assert [(run["method"], run["state"]) for run in record["runs"]] == [
+        ("adam", "complete"),
+        ("delta_sam", "complete"),
+    ]
+    for run in record["runs"]:
+        (epoch,) = run["epochs"]
+        assert epoch["train_num_updates"] == 3 and epoch["valid_accuracy"] == run["last"]
+        assert run["seconds"] > 0
+    assert "2 runs of MiniLM complete" in page and "| delta_sam " in page
+
+
+def test_wrong_labels(kit, tmp_path):
+    """lr, rho and beta are chosen on the held-out rows; right and wrong labels are told apart."""
+    more = ["--experiment", "wrong-labels", "--data", kit / "text"]
+    result, record, page = make(kit, tmp_path, *more)
+    assert result.returncode == 0, result.stdout
+    assert set(record["chosen"]["TREC-40"]) == {"lr", "sam_rho", "delta_sam_beta"}
+    assert sum(run["search"] for run in record["runs"]) == 3
+    runs = {run["method"]: run for run in record["runs"] if not run["search"]}
+    assert set(runs) == {"adam", "adam_2x"}
+    assert [len(runs[method]["epochs"]) for method in ("adam", "adam_2x")] == [1, 2]
+    splits = {f"{split}_accuracy" for split in ("train", "valid", "dev", "kept", "replaced")}
+    assert splits <= set(runs["adam"]["epochs"][0])
+    assert "replaced labels" in page and "| adam_2x " in page
+
+
+def test_what_there_is_at_the_end_of_the_time_is_kept(kit, tmp_path):
+    result, record, page = make(kit, tmp_path, seconds=experiments.ENDING + 1)
+    assert result.returncode == 1 and "the time is over" in result.stdout
+    assert record["runs"] == [] and "0 runs of MiniLM complete" in page
+
+
+def test_splits_of_rows_with_wrong_labels():
+    """50 rows, 40 % wrong: 20; a fifth held out, with its share of them; kept and replaced."""
+    rows = [(f"row {i}", "ab"[i % 2]) for i in range(80)]
+    right = dict(rows)
+    splits = noisy_data.splits_of(rows, ["a", "b"], 50, 0.4, 0.2, seed=1)
+    assert [len(splits[name]) for name in ("train", "valid")] == [40, 10]
+    assert sorted(splits["kept"] + splits["replaced"]) == sorted(splits["train"])
+    assert all(right[text] == label for text, label in splits["kept"])
+    assert all(right[text] != label for text, label in splits["replaced"])
+    wrong = sum(right[text] != label for text, label in splits["train"] + splits["valid"])
+    assert wrong == 20
+    clean = noisy_data.splits_of(rows, ["a", "b"], 50, 0.0, 0.2, seed=1)
+    assert "replaced" not in clean and [row[0] for row in clean["train"]] == [
+        row[0] for row in splits["train"]
+    ]
+
+
+def test_readings_of_a_run():
+    """valid is best at the second epoch, and again at the third: the earlier one is taken."""
+    valid, dev, kept, replaced = (50, 60, 60), (70, 80, 90), (60, 70, 99), (10, 20, 30)
+    epochs = [
+        {
+            "epoch": i,
+            "valid_accuracy": v,
+            "dev_accuracy": d,
+            "kept_accuracy": k,
+            "replaced_accuracy": r,
+        }
+        for i, (v, d, k, r) in enumerate(zip(valid, dev, kept, replaced), start=1)
+    ]
+    assert experiments.readings(epochs) == [90, 80, 90, 99, 30]
