@@ -11,6 +11,7 @@ from deltasam_fairseq.criterions.per_sentence import (
     PerSentence,
     has_per_sentence_losses,
     per_sentence_losses,
+    require_replay,
     require_same_sum,
 )
 from deltasam_fairseq.criterions.plain import PlainCriterion
@@ -34,5 +35,6 @@ __all__ = [
     "VATCriterion",
     "has_per_sentence_losses",
     "per_sentence_losses",
+    "require_replay",
     "require_same_sum",
 ]

@@ -25,11 +25,11 @@ from fairseq.criterions.sentence_prediction import SentencePredictionCriterion
 from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import at_least_float32, sum_tokens
+from deltasam_fairseq.algorithms import at_least_float32, sum_tokens, unit_roundoff
 
-# How far the sum of the per-sentence losses may be from the criterion's loss, relative: rounding
-# of a sum of many terms in the precision of the model.
-_SUM_TOLERANCE = {torch.float16: 2e-2, torch.bfloat16: 1e-1}
+# How far losses that should be equal may be apart in float32, relative. Another order of summation
+# moves them by 1e-6, a probe by 3e-5, other dropout masks by 1e-2 (docs/algorithm.md).
+_REPLAYED, _ADDED_UP = 1e-5, 1e-4
 
 
 class PerSentence(NamedTuple):
@@ -185,24 +185,53 @@ def per_sentence_losses(
     return result
 
 
-def require_same_sum(
-    criterion: FairseqCriterion, total: float, stock: float, dtype: torch.dtype
+def require_replay(
+    criterion: FairseqCriterion, first: Tensor, second: Tensor, dtype: torch.dtype
 ) -> None:
+    """Two forwards of the same sentences from the same random state gave the same losses.
+
+    Args:
+        criterion: for its name.
+        first, second: its per-sentence losses, shape (B,).
+        dtype: that the model computes in. Kernels that are not deterministic may move every logit
+            by a unit in the last place, ``2u`` of it, and two of them a loss by ``4u``.
+
+    Raises:
+        ValueError: naming the sentence that is furthest off, both losses, and what to suspect.
+    """
+    excess = (first - second).abs() / first.abs().clamp(min=1.0)
+    j = int(excess.nan_to_num(0.0, 0.0).argmax())
+    if math.isfinite(excess[j]) and excess[j] > max(_REPLAYED, 4 * unit_roundoff(dtype)):
+        raise ValueError(
+            f"two forwards of the same sentence from the same random state gave the losses "
+            f"{first[j]:g} and {second[j]:g} (criterion {type(criterion).__name__}); delta-SAM "
+            "compares such forwards. Dropout that torch.manual_seed does not replay is to be "
+            "suspected (cuDNN's, between the layers of nn.LSTM and nn.GRU: set it to 0, in "
+            "fairseq's lstm --encoder-dropout-out 0 --decoder-dropout-out 0, or set "
+            "torch.backends.cudnn.enabled = False), then kernels that are not deterministic "
+            "(torch.use_deterministic_algorithms finds them); or use SAM (--optimizer sam_*)"
+        )
+
+
+def require_same_sum(criterion: FairseqCriterion, losses: Tensor, stock: Tensor) -> None:
     """The per-sentence losses add up to what the criterion itself returns.
 
     Args:
         criterion: for its name.
-        total: sum of its per-sentence losses.
-        stock: its loss of the same sentences, under the same dropout masks.
-        dtype: that the model computes in.
+        losses: its per-sentence losses, shape (B,).
+        stock: its loss of the same sentences, under the same dropout masks. One in half precision
+            may be off by the rounding of its terms and of their sum, ``2u`` each.
 
     Raises:
         ValueError: naming the criterion and both figures.
     """
-    tolerance = _SUM_TOLERANCE.get(dtype, 1e-4)
-    if math.isfinite(stock) and abs(total - stock) > tolerance * max(abs(stock), 1.0):
+    total, loss = losses.double().sum().item(), float(stock)
+    size = max(losses.double().abs().sum().item(), 1.0)
+    if math.isfinite(loss) and abs(total - loss) > size * max(
+        _ADDED_UP, 4 * unit_roundoff(stock.dtype)
+    ):
         raise ValueError(
             f"the per-sentence losses of criterion {type(criterion).__name__} add up to "
-            f"{total:g}, but its loss is {stock:g}: it has terms that belong to no sentence; "
+            f"{total:g}, but its loss is {loss:g}: it has terms that belong to no sentence; "
             "use SAM (--optimizer sam_*), or share them out in per_sentence_losses"
         )

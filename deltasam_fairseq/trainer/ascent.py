@@ -24,7 +24,12 @@ from deltasam_fairseq.algorithms import (
     reweight,
     update_generator,
 )
-from deltasam_fairseq.criterions import PerSentence, per_sentence_losses, require_same_sum
+from deltasam_fairseq.criterions import (
+    PerSentence,
+    per_sentence_losses,
+    require_replay,
+    require_same_sum,
+)
 from deltasam_fairseq.optim import SharpnessAwareOptimizer
 from deltasam_fairseq.trainer.gradient_sync import GradientSync
 from deltasam_fairseq.trainer.metrics import StepMetrics
@@ -265,13 +270,14 @@ class AscentStep:
             self._trainer.optimizer.backward(loss)
 
     def _check_per_sentence_losses(self, sample: Dict[str, Any], replay: RngReplay) -> None:
-        """Require once a run that the per-sentence losses add up to the criterion's own loss."""
+        """Require once a run that forwards replay, and losses add up to the criterion's own."""
         criterion, model = self._trainer.get_criterion(), self._trainer.get_model()
-        total = self._forwards([(sample, False)], replay)[0].losses.double().sum().item()
+        first, second = (self._forwards([(sample, False)], replay)[0].losses for _ in range(2))
+        require_replay(criterion, first, second, self._sam.probe_dtype or first.dtype)
         replay()
         with torch.no_grad(), autocast(self._trainer.cfg):
-            stock = float(criterion(model, sample)[0])
-        require_same_sum(criterion, total, stock, next(model.parameters()).dtype)
+            stock = torch.as_tensor(criterion(model, sample)[0])
+        require_same_sum(criterion, first, stock)
 
     def _draw(self) -> Tuple[int, int]:
         """Seed and update, on which the random numbers of an update depend."""
