@@ -42,12 +42,12 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
         0-dim float64 tensor on that device; 0 for no tensors. Not read back to the host.
     """
     norms = [
-        torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None).double()
+        torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)
         for t in tensors
     ]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
-    return torch.stack(norms).square().sum().sqrt()
+    return torch.stack(norms).double().square().sum().sqrt()
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
