@@ -23,8 +23,9 @@ out; dev.tsv stays as it is.  label/train.replaced.tsv lists the replaced ones.
 Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
 ``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header
 line) or numbered from 1: for sentence<TAB>label it is ``--columns 1 2``.  Whether files of
-numbered columns have a header line is seen by their content, or said by --header.  Labels are any
-text, without the blanks around them; --regression is for scores.
+numbered columns have a header line is seen by their content, that of test.tsv for itself, or said
+by --header for all.  Labels are any text, without the blanks around them; --regression is for
+scores.
 
 --dict and the files of the BPE may be URLs.  One that ends in #sha256=HEX is checked.
 """

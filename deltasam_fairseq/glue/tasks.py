@@ -26,7 +26,7 @@ class Task(NamedTuple):
         valid, test: files, without their ending.
         exact: rows that have another number of columns are dropped, 0: are kept.
         scale: a score is divided by it for the model, and has to lie between 0 and it (0: any).
-        skip_first: the first line of a file is a header, though columns are numbered.
+        skip_first: files whose first line is a header, though columns are numbered.
         own: a task of the user's: every row has as many columns as the first; test may be labelled.
     """
 
@@ -40,7 +40,7 @@ class Task(NamedTuple):
     exact: int = 0
     scale: float = 1.0
     own: bool = False
-    skip_first: bool = False
+    skip_first: Tuple[str, ...] = ()
 
     @property
     def header(self) -> bool:
@@ -130,6 +130,12 @@ KNOWN_ROWS = {
 
 
 QUOTING = "; quotation marks do not quote here: no cell holds a tab or the end of a line"
+# What columns are called, as far as it is not what sentences say.
+_COLUMN = re.compile(
+    r"id|idx|index|label|score|"
+    r"(sentence|text|question|premise|hypothesis|review|query)[ _]?[12ab]?",
+    re.IGNORECASE,
+)
 _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
@@ -204,7 +210,7 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
     rows = read_lines(path)
     columns = (*task.sentences, task.label) if labelled else task.sentences
     header, begin = task.names, 1
-    if task.skip_first and rows:
+    if path.stem in task.skip_first and rows:
         del rows[0]
         begin = 2
     elif rows and set(columns) <= set(rows[0]):
@@ -306,8 +312,10 @@ def own_task(
             "their numbers, from 1"
         )
     if names and header != "no":
-        skip = header == "yes" or _has_header(train, task, bool(scale))
-        task = task._replace(skip_first=skip)
+        files = ("train", *task.valid, *task.test)
+        if header is None and not _has_header(train, task, bool(scale)):
+            files = _tests_with_header(train, task, bool(scale))
+        task = task._replace(skip_first=files)
     if scale:
         return task
     labels = sorted(set(read_table(train, task).labels))
@@ -373,3 +381,37 @@ def _has_header(train: Path, task: Task, scores: bool) -> bool:
     if header:
         print(f"{train}: line 1 is taken for a header line; --header no takes it for a row")
     return header
+
+
+def _tests_with_header(train: Path, task: Task, scores: bool) -> Tuple[str, ...]:
+    """See which test files of numbered columns begin with a header line, where train.tsv does not.
+
+    Its cells are names of columns; or its label is none of train.tsv's and those of the other rows
+    are; or it has a word over a column of numbers.
+    """
+    places = [task.names.index(column) for column in task.sentences]
+    place = task.names.index(task.label)
+    labels = {row[place].strip() for row in read_lines(train) if place < len(row)}
+
+    def is_header(first: Sequence[str], rest: Sequence[Sequence[str]]) -> bool:
+        if all(_COLUMN.fullmatch(cell) for cell in first):
+            return True
+        for at, (top, *below) in enumerate(zip(first, *rest)):
+            if at == place and not scores:
+                known = top not in labels and labels.issuperset(below)
+            else:
+                known = at not in places and not _is_score(top, 0)
+                known = known and all(_is_score(cell, 0) for cell in below)
+            if known:
+                return True
+        return False
+
+    found = []
+    for file in task.test:
+        path = train.with_name(f"{file}.tsv")
+        lines = read_lines(path) if path.is_file() else []
+        first, *rest = [[cell.strip() for cell in row] for row in lines] or [[]]
+        if rest and is_header(first, rest):
+            print(f"{path}: line 1 is taken for a header line; --header no takes it for a row")
+            found.append(file)
+    return tuple(found)

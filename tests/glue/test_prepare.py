@@ -534,6 +534,41 @@ def test_a_header_line_over_numbered_columns(tmp_path, gpt2, capsys):
     assert "mood" in labels and found["test"] == ["text", "new"]
 
 
+@pytest.mark.parametrize(
+    "top, below, columns",
+    [
+        (["Sentence"], [["new"], ["newer"]], ["1", "2"]),
+        (["premise", "hypothesis"], [["new", "newer"]], ["1,2", "3"]),
+        (["tweet", "mood"], [["new", "bad"], ["newer", "so so"]], ["1", "2"]),
+        (["tweet", "nr"], [["new", "7"], ["newer", "12"]], ["1", "3"]),
+        (["tweet", "how much"], [["new", "0.5"], ["newer", "2"]], ["1", "2", "--regression"]),
+    ],
+    ids=["names", "pair", "label", "number", "score"],
+)
+def test_a_header_line_of_test_alone(top, below, columns, tmp_path, gpt2, capsys):
+    """Seen by its content; --header no takes it for a row, where it can be one."""
+    words, label = columns[2:], "0.5" if "--regression" in columns else "bad"
+    rows = [[cell, *["x"] * (int(columns[1]) - 2), label] for cell in "abc"]
+    rows[1][-1] = "2" if words else "so so"
+    for file, lines in (("train", rows), ("dev", rows[::-1]), ("test", [top, *below])):
+        write(tmp_path / "MINE" / f"{file}.tsv", *lines)
+    argv = ("MINE", gpt2, "--columns", *columns)
+    prepare(tmp_path, tmp_path / "out", *argv)
+    assert sentences(tmp_path / "out", "train", gpt2) == ["a", "b", "c"]
+    assert sentences(tmp_path / "out", "test", gpt2) == [row[0] for row in below]
+    assert "test.tsv: line 1 is taken for a header line; --header no" in capsys.readouterr().out
+    if len(top) < int(columns[1]):
+        prepare(tmp_path, tmp_path / "rows", *argv, "--header", "no")
+        assert sentences(tmp_path / "rows", "test", gpt2)[0] == top[0]
+
+
+@pytest.mark.parametrize("test", [["a sentence", "new"], ["sentence"], ["7", "new"]])
+def test_what_is_no_header_line_of_test(test, tmp_path, gpt2):
+    files = {"train": LABELS, "dev": LABELS[::-1], "test": [[text] for text in test]}
+    _, found = prepare_own(tmp_path, tmp_path / "out", gpt2, **files)
+    assert found["test"] == test
+
+
 def test_files_that_share_their_first_row_have_no_header(tmp_path, gpt2):
     labels, found = prepare_own(tmp_path, tmp_path / "out", gpt2, train=LABELS, dev=LABELS)
     assert labels == ["bad", "so so", "very good"] and found["valid"][0] == "fine"
