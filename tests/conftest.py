@@ -19,6 +19,7 @@ fast_config.install()
 SLOW = (
     *("average", "cli", "convert", "distributed", "scripts", "sharpness"),
     *("examples/test_files.py", "examples/test_generation.py", "examples/test_glue_run.py"),
+    *("examples/test_experiments.py", "examples/test_warm.py"),
     *("glue/test_predict.py", "glue/test_prepare.py", "squad/test_predict.py"),
     *("squad/test_training.py", "optim/test_compiled_rounding.py", "test_conformance.py"),
     *("trainer/test_exit_paths.py", "trainer/test_half_precision.py"),
