@@ -50,6 +50,9 @@ class Record:
             test["report"] += str(report.longrepr)
         elif report.outcome == "skipped":
             test["report"] = str(report.longrepr[-1]) if report.longrepr else ""
+        if report.when == "call":
+            # Figures that a test prints, without what fairseq logs.
+            test["printed"] = [x for x in report.capstdout.splitlines() if x and " | " not in x]
         self.write()
 
     def write(self) -> None:
@@ -60,6 +63,8 @@ class Record:
         rows = [[t["outcome"], f"{t['seconds']:.1f}", name] for name, t in self.tests.items()]
         text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + "\n\n"
         text += markdown_table(["outcome", "seconds", "test"], rows) + "\n"
+        text += "".join(f"\n    {x}" for t in self.tests.values() for x in t.get("printed", ()))
+        text += "\n"
         for name, test in self.tests.items():
             if test["outcome"] == "failed":
                 lines = test["report"].splitlines()[-LINES:]

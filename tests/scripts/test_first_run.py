@@ -4,12 +4,14 @@ import json
 import subprocess
 import sys
 import textwrap
+import types
 
 import pytest
 import torch
 
 from scripts.gpu import __main__ as first_run
 from scripts.gpu import smoke
+from scripts.gpu import tests as gpu_tests
 from tests.helpers.processes import PATH, run_module
 
 
@@ -117,3 +119,17 @@ def test_cuda_tests_are_recorded_one_by_one(tmp_path):
     assert found["tests"] and not found["collection_errors"]
     assert {t["outcome"] for t in found["tests"].values()} <= {"skipped", "passed"}
     assert "| outcome" in (tmp_path / "work" / "tests.md").read_text()
+
+
+def test_figures_that_a_test_prints_are_kept(tmp_path):
+    """Without what fairseq logs to the same stream."""
+    record = gpu_tests.Record(tmp_path / "tests.json", tmp_path / "tests.md")
+    record.pytest_runtest_logstart("a test")
+    printed = "2026 | INFO | fairseq.trainer | begin\n\nadam 3, sam_adam 4\n"
+    report = types.SimpleNamespace(
+        nodeid="a test", duration=0.1, when="call", outcome="passed", capstdout=printed
+    )
+    record.pytest_runtest_logreport(report)
+    found = json.loads((tmp_path / "tests.json").read_text())["tests"]["a test"]
+    assert found["printed"] == ["adam 3, sam_adam 4"]
+    assert "adam 3, sam_adam 4" in (tmp_path / "tests.md").read_text()
