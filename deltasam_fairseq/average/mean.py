@@ -17,12 +17,16 @@ from deltasam_fairseq.checkpoints import (
 )
 from deltasam_fairseq.checkpoints.reading import read_safely
 from deltasam_fairseq.options import UsageError
-from deltasam_fairseq.trainer.checkpoint_state import RAW, WEIGHT_AVERAGE
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION, RAW, WEIGHT_AVERAGE
 
 logger = logging.getLogger("deltasam_fairseq.average")
 
-# Keys of fairseq's extra state: weights of one checkpoint, averaged while it was trained.
-_OF_THE_LAST = ("ema", "ema_fp32_params")
+# Entries of the extra state that hold weights of one checkpoint, averaged while it was trained.
+_OF_THE_LAST = {
+    "ema": "--store-ema",
+    "ema_fp32_params": "--store-ema",
+    CRITERION: "--criterion smart",
+}
 
 
 def read(path: str) -> Dict[str, Any]:
@@ -132,7 +136,7 @@ class Averager:
 
 def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
     """Mean of checkpoints: what is not weights is that of the last, without optimizer state
-    and without the average of --store-ema.
+    and without averages of one file's weights (--store-ema, --criterion smart).
 
     Args:
         paths: at least one checkpoint, the newest last.
@@ -159,7 +163,7 @@ def average(paths: Sequence[str], raw: bool = False) -> Dict[str, Any]:
     for owner, averager in averagers.items():
         state[owner] = averager.result()
     state.get("extra_state", {}).pop(WEIGHT_AVERAGE, None)
-    for key in [key for key in _OF_THE_LAST if key in state.get("extra_state", {})]:
-        del state["extra_state"][key]
-        logger.info(f"{key} of --store-ema is dropped: it belongs to {paths[-1]}, not to the mean")
+    for key, option in _OF_THE_LAST.items():
+        if state.get("extra_state", {}).pop(key, None):
+            logger.info(f"{key} of {option} is dropped: it belongs to {paths[-1]}, not to the mean")
     return state

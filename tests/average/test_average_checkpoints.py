@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from deltasam_fairseq.average.__main__ import main
 from deltasam_fairseq.average.mean import average
 from deltasam_fairseq.options import UsageError
-from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION, WEIGHT_AVERAGE
 from tests.helpers import runs, tiny
 
 COMMAND = [sys.executable, "-m", "deltasam_fairseq.average"]
@@ -293,13 +293,37 @@ def test_as_a_program(folder, tmp_path):
     assert "average of 2 checkpoints" in result.stdout and out.is_file()
 
 
-def test_the_last_files_ema_is_dropped(classification, tmp_path, caplog):
-    """It is an average of one file's weights, and would be taken for that of the mean."""
-    ema = ["--store-ema", "--ema-decay", "0.5", "--save-interval-updates", "2"]
-    runs.train(classification, tmp_path, *ema, "--max-update", "4")
-    last = tmp_path / "checkpoint_last.pt"
-    assert "ema" in runs.load(last)["extra_state"]
+@pytest.mark.parametrize(
+    "key, options, criterion",
+    [
+        ("ema", ["--store-ema", "--ema-decay", "0.5"], "sentence_prediction"),
+        (CRITERION, ["--smart-momentum", "0.5"], "smart"),
+    ],
+)
+def test_averages_of_the_last_file_are_dropped(
+    classification, tmp_path, caplog, key, options, criterion
+):
+    """They are of one file's weights, and would be taken for those of the mean."""
+    run = runs.train(
+        classification, tmp_path / "run", *options, "--max-update", "4", criterion=criterion
+    )
+    last = run.save_dir / "checkpoint_last.pt"
+    assert runs.load(last)["extra_state"][key]
     with caplog.at_level("INFO"):
         mean = average([str(last), str(last)])
-    assert "ema" not in mean["extra_state"]
-    assert any("ema of --store-ema is dropped" in message for message in caplog.messages)
+    assert key not in mean["extra_state"]
+    assert any(f"{key} of --" in m and "is dropped" in m for m in caplog.messages)
+
+
+def test_smart_goes_on_from_the_mean(classification, tmp_path):
+    """Its average of weights starts at the mean, not at that of the last file."""
+    smart = ("--smart-momentum", "0.5", "--lr", "3e-2", "--max-update", "4")
+    run = runs.train(classification, tmp_path / "run", *smart, criterion="smart")
+    last = str(run.save_dir / "checkpoint_last.pt")
+    mean = average([last, last])
+    torch.save(mean, tmp_path / "mean.pt")
+    start = ("--restore-file", str(tmp_path / "mean.pt"), "--reset-dataloader")
+    more = (*smart, *start, "--max-update", "5", "--lr", "0")
+    on = runs.train(classification, tmp_path / "on", *more, criterion="smart")
+    for name, value in on.checkpoint["extra_state"][CRITERION]["averages"].items():
+        torch.testing.assert_close(value, mean["model"][name])

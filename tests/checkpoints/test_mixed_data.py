@@ -151,6 +151,18 @@ class TestLabelsInAnotherOrder:
         assert accuracy(found) == 100
         assert DataRecord.of_checkpoint(found.checkpoint).labels == LABELS
 
+    def test_on_two_ranks(self, data, model, tmp_path):
+        """Each reads the teacher; the first reads where to start from, for both."""
+        ranks = ("--distributed-world-size", "2", "--ddp-backend", "legacy_ddp", "--no-save")
+        start = ("--finetune-from-model", str(model), "--lr", "0", "--max-update", "1")
+        teach = ("--distill-teacher", str(model), "--distill-lambda", "1", "--batch-size", "4")
+        for options, criterion in ((start, "plain"), (teach, "distill")):
+            more = (*TRAINED, *ranks, *options, "--find-unused-parameters")
+            output = tiny.train(tiny.arguments(data, tmp_path, *more, criterion=criterion)).stdout
+            logs = runs.json_lines(output, "valid_accuracy")
+            assert float(logs[-1]["valid_accuracy"]) == 100
+            assert output.count("permuted to [1, 0]") == (2 if criterion == "distill" else 1)
+
     def test_a_model_without_record_whose_data_is_there(self, data, model, tmp_path):
         """As older versions saved it."""
         state = torch.load(str(model), weights_only=False)
