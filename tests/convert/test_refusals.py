@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # noqa: E
 from deltasam_fairseq.checkpoints.data_record import KEY, DataRecord  # noqa: E402
 from deltasam_fairseq.convert import compare, to_fairseq, to_huggingface, vocabulary  # noqa: E402
 from tests.convert.test_convert import bpe  # noqa: E402
+from tests.helpers import tiny  # noqa: E402
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = {
@@ -313,3 +314,72 @@ def test_labels_in_another_order_are_mapped(tmp_path, weights):
     assert after.config.id2label == {0: "pos", 1: "neg"}
     ids = torch.tensor([[2, 7, 9, 3]])
     torch.testing.assert_close(after(ids).logits, before(ids).logits.flip(1))
+
+
+class TestTrainedModel:
+    """A two-layer RoBERTa of width 32, trained with and without --init-token."""
+
+    LABELS = ["no", "yes"]
+    OPTIONS = (
+        "--encoder-embed-dim 32 --encoder-ffn-embed-dim 64 --max-positions 78 --dropout 0 "
+        "--attention-dropout 0 --lr 3e-3 --batch-size 16"
+    ).split()
+
+    def write(self, made, data):
+        """Sentences of 8 of 40 words: is the first one of the first half of the words?"""
+        words, labels = Dictionary.load(str(made / "dict.txt")), Dictionary()
+        for name in self.LABELS:
+            labels.add_symbol(name)
+        for seed, (split, n) in enumerate((("train", 512), ("valid", 128))):
+            draw = torch.Generator().manual_seed(seed)
+            rows = torch.randint(10, 50, (n, 8), generator=draw)
+            first = (rows[:, 0] < 30).tolist()
+            tiny._write(data / "input0" / split, [[*row, words.eos()] for row in rows.tolist()])
+            targets = [[labels.index(self.LABELS[target]), 2] for target in first]
+            tiny._write(data / "label" / split, targets)
+        words.save(str(data / "input0" / "dict.txt"))
+        labels.save(str(data / "label" / "dict.txt"))
+        return rows, torch.tensor(first).long()
+
+    def train(self, data, out, *tokens):
+        argv = list(tiny.arguments(data, out, *self.OPTIONS, criterion="plain"))
+        at = argv.index("--init-token")
+        argv[at : at + 4] = tokens
+        trainer = tiny.build_trainer(argv)
+        for _ in range(10):
+            for sample in tiny.batches(trainer):
+                trainer.train_step([sample])
+        trainer.consolidate_optimizer()  # as fairseq does it before it saves
+        trainer.save_checkpoint(str(out / "model.pt"), {"train_iterator": {}})
+        return out / "model.pt"
+
+    @torch.no_grad()
+    def accuracy(self, folder, rows, targets, first):
+        """Of transformers' model, with or without <s> before the sentence."""
+        auto = transformers.AutoModelForSequenceClassification
+        model = auto.from_pretrained(folder).eval()
+        begin, end = (torch.full((len(rows), 1), token) for token in (0, 2))
+        ids = torch.cat([begin, rows, end] if first else [rows, end], dim=1)
+        return (model(ids).logits.argmax(1) == targets).double().mean().item()
+
+    def test_init_token(self, tmp_path, weights):
+        """Without it transformers' tokenizer, which gives <s>, makes a good model a worse one."""
+        source_folder, made = source(weights, "roberta", tmp_path / "hf"), tmp_path / "made"
+        to_fairseq.to_fairseq(source_folder, made)
+        data = tmp_path / "data"
+        rows, targets = self.write(made, data)
+        for name, tokens in (("with", ("--init-token", "0")), ("without", ())):
+            (tmp_path / name).mkdir()
+            path = self.train(data, tmp_path / name, *tokens)
+            to_huggingface.to_hf(path, data, tmp_path / f"{name}_hf")
+            right, wrong = (
+                self.accuracy(tmp_path / f"{name}_hf", rows, targets, first)
+                for first in (bool(tokens), not tokens)
+            )
+            assert right > 0.95 and wrong < 0.75
+            if tokens:
+                to_huggingface.to_hf(path, data, tmp_path / "tokenized", source_folder)
+            else:
+                with pytest.raises(ValueError, match="trained with no --init-token"):
+                    to_huggingface.to_hf(path, data, tmp_path / "refused", source_folder)
+                assert not (tmp_path / "refused").exists()
