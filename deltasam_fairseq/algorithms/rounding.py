@@ -164,23 +164,25 @@ def _in_bulk(tensors: Iterable[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor
         tensors that receive the result; the weights and the directions of all of them, flat.
     """
     together: List[_Tensors] = []
+    filled = 0
     for v, w, d in tensors:
         size = _AT_A_TIME.get(v.device.type, _AT_A_TIME["cuda"])
         if v.numel() >= size and all(t.is_contiguous() for t in (v, w, d)):
             for piece in zip(*(t.view(-1).split(size) for t in (v, w, d))):
                 yield [piece[0]], piece[1], piece[2]
             continue
-        full = sum(t[0].numel() for t in together) + v.numel() > size
-        if full or not _alike(together, (v, w, d)):
+        if filled + v.numel() > size or not _alike(together, (v, w, d)):
             yield from _joined(together)
-            together = []
+            together, filled = [], 0
         together.append((v, w, d))
+        filled += v.numel()
     yield from _joined(together)
 
 
 def _alike(some: List[_Tensors], other: _Tensors) -> bool:
-    kinds = {tuple((t.dtype, t.device) for t in tensors) for tensors in [*some[:1], other]}
-    return len(kinds) == 1
+    return not some or all(
+        (a.dtype, a.device) == (b.dtype, b.device) for a, b in zip(some[0], other)
+    )
 
 
 def _joined(tensors: List[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor, Tensor]]:

@@ -94,10 +94,10 @@ def move_along_(
 
 
 def _pieces(*tensors: Tensor) -> Iterator[Tuple[Tensor, ...]]:
-    """Return tensors of one shape piece by piece, flat; whole if one is not contiguous."""
-    if not all(t.is_contiguous() for t in tensors):
-        return iter([tensors])
+    """Return tensors of one shape piece by piece, flat; whole if small or one is not contiguous."""
     size = _PIECE.get(tensors[0].device.type, _PIECE["cuda"])
+    if tensors[0].numel() <= size or not all(t.is_contiguous() for t in tensors):
+        return iter([tensors])
     return zip(*(t.view(-1).split(size) for t in tensors))
 
 
