@@ -100,15 +100,15 @@ def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[T
         like: tensors of the shapes, on the device.
         generator: see `probe_generator`.
     """
-    threads, ahead = torch.get_num_threads(), []
+    threads, ahead, waiting = torch.get_num_threads(), [], 0
     for i, v in enumerate(like, start=1):
         u = torch.empty_like(v, dtype=torch.float32, memory_format=torch.contiguous_format)
         ahead.append(u)
-        enough = u.device.type != "cpu" or sum(map(torch.numel, ahead)) >= threads * PIECE
-        if enough or i == len(like):
+        waiting += u.numel()
+        if u.device.type != "cpu" or waiting >= threads * PIECE or i == len(like):
             fill_direction_(ahead, generator, threads)
             yield from ahead
-            ahead = []
+            ahead, waiting = [], 0
 
 
 def direction_sum(like: Sequence[Tensor], generator: torch.Generator) -> Tensor:
