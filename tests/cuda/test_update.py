@@ -70,6 +70,26 @@ def test_parameters_keep_their_memory(classification, tmp_path, optimizer, mode)
     assert not all(map(torch.equal, tiny.weights(trainer), before))
 
 
+OPTIONS = [
+    ["--sam-adaptive", "--sam-rho", "0.5"],
+    ["--sam-only", "layer_norm"],
+    ["--sam-ascent-fraction", "0.5"],
+    ["--sam-every", "2"],
+]
+
+
+@pytest.mark.parametrize("mode", ["flat-fp16", "memory-efficient-bf16", "amp"])
+@pytest.mark.parametrize("options", OPTIONS, ids=[words[0][2:] for words in OPTIONS])
+def test_options_with_two_micro_batches(classification, tmp_path, options, mode):
+    more = ["--dropout", "0.1", *options, *gpu.MODES[mode]]
+    trainer = gpu.build_trainer(classification, tmp_path, "delta_sam_adam", *more)
+    samples = tiny.batches(trainer)
+    for pair in (samples[:2], samples[2:4]):
+        assert torch.isfinite(torch.as_tensor(float(trainer.train_step(pair)["loss"])))
+    assert trainer.get_num_updates() == 2
+    assert all(torch.isfinite(w).all() for w in tiny.weights(trainer))
+
+
 def test_a_graph_sees_the_weights_after_updates(classification, tmp_path):
     """A captured part of the model, replayed, computes with what SAM's updates left there."""
     trainer = gpu.build_trainer(classification, tmp_path, "delta_sam_adam", "--lr", "0.01")
