@@ -136,6 +136,15 @@ def _check_labels(cfg: Any) -> None:
         )
 
 
+def _check_whole_words(cfg: Any) -> None:
+    """--mask-whole-words has the BPE that knows where words begin."""
+    if _name(cfg.task) == "masked_lm" and cfg.task.mask_whole_words and cfg.bpe is None:
+        raise ValueError(
+            "--mask-whole-words: no --bpe is given, without which fairseq masks single tokens; "
+            "give the one that the data was encoded with, such as --bpe gpt2"
+        )
+
+
 def _check_averaging(cfg: Any) -> None:
     """Options of weight averaging, which needs the same weights on every rank."""
     name = _name(cfg.lr_scheduler)
@@ -211,6 +220,7 @@ def check_config(cfg: Any) -> None:
     check_restore_file(cfg.checkpoint)
     _check_criterion(cfg)
     _check_labels(cfg)
+    _check_whole_words(cfg)
     _check_averaging(cfg)
     optimizer = _name(cfg.optimizer)
     cls = OPTIMIZER_REGISTRY.get(optimizer)

@@ -4,6 +4,7 @@ import sys
 from typing import Any, Dict, List
 
 import fairseq.trainer
+from fairseq.tasks.masked_lm import MaskedLMTask
 
 from deltasam_fairseq import bpe, checkpoints, command_line, models, squad  # noqa: F401  register
 from deltasam_fairseq.config_checks import check_config, warn_about_dropped_sentences
@@ -46,6 +47,7 @@ def _training_programs() -> List[Any]:
 def _add_defaults_and_check(add_defaults: Any, cfg: Any) -> None:
     """Check a run; ``add_defaults`` is what fairseq's main calls first after importing a plugin."""
     add_defaults(cfg)
+    MaskedLMTask.args = cfg.bpe  # where fairseq looks for the BPE of --mask-whole-words in vain
     check_config(cfg)
     warn_about_dropped_sentences(cfg)
 
