@@ -20,7 +20,7 @@ import pandas as pd
 
 from deltasam_fairseq.markdown import markdown_table
 from examples.common.fairseq_log import WHOLE_EPOCHS, read_log
-from examples.common.runner import sharpness_folder
+from examples.common.stage import sharpness_folder
 
 NOTE = """
 Metric and loss: on the validation data, at the last epoch; best: of all epochs.

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from deltasam_fairseq.markdown import markdown_table
-from examples.common.runner import LOG, Stage, exit_code, module, read_stamp, run_all, split_words
+from examples.common.runner import LOG, exit_code, run_all
+from examples.common.stage import Stage, module, read_stamp, split_words
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -32,7 +32,8 @@ from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.options import ranged
 from examples.common import warm
-from examples.common.runner import Stage, StageError, module, read_stamp, run_all, run_side_by_side
+from examples.common.runner import StageError, run_all, run_side_by_side
+from examples.common.stage import Stage, module, read_stamp
 from examples.glue import run as glue
 from examples.glue import search
 from examples.glue.report.content import context, make

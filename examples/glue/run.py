@@ -32,17 +32,8 @@ from typing import Dict, List, Optional, Sequence
 from deltasam_fairseq.data.splits import read_record
 from deltasam_fairseq.glue.tasks import TASKS, find_file, own_task, read_table
 from deltasam_fairseq.options import ranged
-from examples.common.runner import (
-    Stage,
-    exit_code,
-    is_done,
-    module,
-    option_words,
-    run_all,
-    run_side_by_side,
-    sharpness_stage,
-    split_words,
-)
+from examples.common.runner import exit_code, run_all, run_side_by_side
+from examples.common.stage import Stage, is_done, module, option_words, sharpness_stage, split_words
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).resolve().parent / "config"

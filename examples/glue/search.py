@@ -22,7 +22,8 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
-from examples.common.runner import StageError, exit_code, run_all, run_side_by_side, split_words
+from examples.common.runner import StageError, exit_code, run_all, run_side_by_side
+from examples.common.stage import split_words
 from examples.glue import run as glue
 from examples.glue.report.runs import read_task
 

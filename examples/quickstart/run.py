@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from deltasam_fairseq.glue.prepare import TASKS, split_files
-from examples.common.runner import Stage, exit_code, module, run_all, sharpness_stage, split_words
+from examples.common.runner import exit_code, run_all
+from examples.common.stage import Stage, module, sharpness_stage, split_words
 from examples.quickstart.settings import (
     ACCURACY,
     ADAM,

@@ -17,15 +17,8 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
-from examples.common.runner import (
-    Stage,
-    exit_code,
-    module,
-    option_words,
-    run_all,
-    sharpness_stage,
-    split_words,
-)
+from examples.common.runner import exit_code, run_all
+from examples.common.stage import Stage, module, option_words, sharpness_stage, split_words
 
 ROOT = Path(__file__).resolve().parents[2]
 

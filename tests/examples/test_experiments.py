@@ -45,12 +45,13 @@ def kit(tmp_path_factory):
     return folder
 
 
-def make(kit, tmp_path, *more, seconds=100):
+def make(kit, tmp_path, *more, seconds=100, work=None):
+    work = work or kit / "work"  # the model is converted once
     argv = ["--device", "cpu", "--seconds", seconds, "--kit", kit, "--jobs", 2, *more]
-    argv += ["--work", tmp_path / "work", "--out", tmp_path / "out"]
+    argv += ["--work", work, "--out", tmp_path / "out"]
     result = run_module("examples.glue.experiments", argv, tmp_path / "said")
     record = json.loads((tmp_path / "out" / "trainings.json").read_text())
-    return result, record, (tmp_path / "work" / "trainings.md").read_text()
+    return result, record, (work / "trainings.md").read_text()
 
 
 def test_glue(kit, tmp_path):
@@ -83,7 +84,7 @@ def test_wrong_labels(kit, tmp_path):
 
 
 def test_what_there_is_at_the_end_of_the_time_is_kept(kit, tmp_path):
-    result, record, page = make(kit, tmp_path, seconds=experiments.ENDING + 1)
+    result, record, page = make(kit, tmp_path, seconds=experiments.ENDING + 1, work=tmp_path)
     assert result.returncode == 1 and "the time is over" in result.stdout
     assert record["runs"] == [] and "0 runs of MiniLM complete" in page
 

@@ -5,7 +5,8 @@ import sys
 import pytest
 
 from examples.common import runner as stages
-from examples.common.runner import Stage, StageError
+from examples.common.runner import StageError
+from examples.common.stage import Stage, fingerprint, option_words
 
 
 def stage(tmp_path, text="1", **more):
@@ -64,18 +65,18 @@ def test_made_anew_when_a_file_of_its_command_has_another_content(tmp_path, caps
 def test_words_of_an_option(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "v.txt").write_text("")
-    assert stages.option_words("wordpiece-vocab=v.txt") == [
+    assert option_words("wordpiece-vocab=v.txt") == [
         "--wordpiece-vocab",
         str(tmp_path / "v.txt"),
     ]
-    assert stages.option_words("wordpiece-cased") == ["--wordpiece-cased"]
-    assert stages.option_words("max=a=b") == ["--max", "a=b"]
+    assert option_words("wordpiece-cased") == ["--wordpiece-cased"]
+    assert option_words("max=a=b") == ["--max", "a=b"]
 
 
 def test_the_name_that_python_was_started_by_makes_no_difference(tmp_path, monkeypatch):
-    mark = stages.fingerprint(stage(tmp_path))
+    mark = fingerprint(stage(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python3"))
-    assert stages.fingerprint(stage(tmp_path)) == mark
+    assert fingerprint(stage(tmp_path)) == mark
 
 
 def test_a_stage_that_another_process_makes_is_left_alone(tmp_path, capsys):

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from examples.common import runner, warm
-from examples.common.runner import Stage, StageError
+from examples.common.runner import StageError
+from examples.common.stage import Stage, module
 
 ROOT = Path(__file__).parents[2]
 
@@ -22,7 +23,7 @@ def program(tmp_path, monkeypatch):
 
     def stage(text, *words):
         (tmp_path / "program.py").write_text(text)
-        command = runner.module("program", *words)
+        command = module("program", *words)
         return Stage("stage", command, tmp_path / "out" / "run")
 
     return stage
@@ -96,8 +97,9 @@ RUNS = """
 import signal, sys
 from pathlib import Path
 from examples.common import runner
+from examples.common.stage import Stage, module
 signal.signal(signal.SIGTERM, signal.default_int_handler)
-stage = runner.Stage("stage", runner.module("program"), Path("out/run"))
+stage = Stage("stage", module("program"), Path("out/run"))
 sys.exit(runner.exit_code(lambda: runner.run_side_by_side([[stage]], 1, [{}])))
 """
 
@@ -148,7 +150,7 @@ def test_a_program_that_several_gpus_are_visible_to_is_started_afresh(monkeypatc
     """fairseq has taken their number for its default when the server imported it."""
     import torch
 
-    command = runner.module("program")
+    command = module("program")
     assert warm.can_fork(command, {"CUDA_VISIBLE_DEVICES": "1"})
     assert not warm.can_fork(command, {"CUDA_VISIBLE_DEVICES": "0,1"})
     for devices in (0, 1, 2):

@@ -16,7 +16,7 @@ import pandas as pd
 import yaml
 
 from examples.common.fairseq_log import TIMINGS, Log, read_log
-from examples.common.runner import sharpness_folder
+from examples.common.stage import sharpness_folder
 
 
 class Metric(NamedTuple):
