@@ -4,7 +4,7 @@ Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Gener
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
 """
 
-from typing import Iterable, Iterator, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -41,13 +41,43 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     Returns:
         0-dim float64 tensor on that device; 0 for no tensors. Not read back to the host.
     """
-    norms = [
-        torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)
-        for t in tensors
-    ]
+    if isinstance(tensors, list) and _in_one_kernel(tensors):
+        norms = list(torch._foreach_norm(tensors))
+    else:
+        norms = [
+            torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)
+            for t in tensors
+        ]
     if not norms:
         return torch.zeros((), dtype=torch.float64)
     return torch.stack(norms).double().square().sum().sqrt()
+
+
+def _in_one_kernel(*lists: Sequence[Tensor]) -> bool:
+    """Whether lists are better taken as a whole than a tensor at a time.
+
+    On a GPU, where starting a kernel for each of some hundred tensors takes longer than the
+    kernels do. torch < 2.1 cannot multiply a list by a number that is on the device.
+    """
+    kinds = {(t.device, t.dtype, t.layout) for tensors in lists for t in tensors}
+    if len(kinds) != 1 or not hasattr(torch, "_foreach_copy_"):
+        return False
+    ((device, dtype, layout),) = kinds
+    return device.type == "cuda" and dtype == torch.float32 and layout == torch.strided
+
+
+def _move_lists_along_(
+    out: List[Tensor], weights: List[Tensor], direction: List[Tensor], scale: Tensor
+) -> None:
+    """`move_along_` of tensors of one kind, without memory beside ``out``.
+
+    Args:
+        out: none of ``weights``; may be ``direction``.
+    """
+    if out is not direction:
+        torch._foreach_copy_(out, direction)
+    torch._foreach_mul_(out, scale)
+    torch._foreach_add_(out, weights)
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
@@ -82,14 +112,21 @@ def move_along_(
     """
     if rounding is not None:
         return rounding.move_(out, weights, direction, scale)
+    if isinstance(out, list) and isinstance(weights, list) and isinstance(direction, list):
+        apart = all(v.data_ptr() != w.data_ptr() for v, w in zip(out, weights) if v.numel())
+        if apart and _in_one_kernel(out, weights, direction):
+            _move_lists_along_(out, weights, direction, scale.to(torch.float32))
+            return torch.ones_like(scale, dtype=torch.float64)
+    scales: Dict[Tuple[torch.device, torch.dtype], Tensor] = {}
     for tensors in zip(out, weights, direction):
         v, w, d = tensors
-        if v.dtype == w.dtype == d.dtype and v.element_size() >= 4:
-            torch.addcmul(w, d, scale.to(w.device, w.dtype), out=v)
-            continue
-        for v, w, d in _pieces(*tensors):
+        alike = v.dtype == w.dtype == d.dtype and v.element_size() >= 4
+        for v, w, d in [tensors] if alike else _pieces(*tensors):
             w = at_least_float32(w)
-            torch.addcmul(w, d.to(w.dtype), scale.to(w.device, w.dtype), out=v)
+            kind = (w.device, w.dtype)
+            if kind not in scales:
+                scales[kind] = scale.to(*kind)
+            torch.addcmul(w, d.to(w.dtype), scales[kind], out=v)
     return torch.ones_like(scale, dtype=torch.float64)
 
 

@@ -205,8 +205,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 norm = sum(v.numel() for v in out) ** 0.5
                 move_along_(out, values, u, (sign * radius / norm).float())
             elif other_side:  # the buffers still are w + R u / ||u||
-                for v, w in zip(out, values):
-                    v.neg_().add_(w, alpha=2)
+                torch._foreach_neg_(out)
+                torch._foreach_add_(out, values, alpha=2)
             else:
                 self._draw(out, seed, update)
                 move_along_(out, values, out, sign * radius / global_norm(out))

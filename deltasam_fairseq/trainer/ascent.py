@@ -81,8 +81,7 @@ class AscentStep:
             loss_scale: that ``optimizer.backward`` multiplies the loss by.
         """
         trainer, sam = self._trainer, self._sam
-        trainer.model.train()
-        trainer.criterion.train()
+        trainer.criterion.train()  # the model's mode is set with its number of updates
         trainer.zero_grad()
         scale = loss_scale
         backward = self._delta_sam_backward if sam.beta else self._sam_backward

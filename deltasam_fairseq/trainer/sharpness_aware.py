@@ -147,7 +147,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         model = self.get_model()
         replaced = vars(model).get("set_num_updates")
         try:
-            model.train()
+            self.model.train()
             model.set_num_updates(self.get_num_updates())
             model.set_num_updates = lambda num_updates: None
             yield

@@ -165,9 +165,7 @@ def _are_tokens(tensor: Tensor) -> bool:
     return tensor.dim() == 2 and tensor.dtype in (torch.int64, torch.int32)
 
 
-def _without_padding(
-    part: Dict[str, Any], n: int, padding: int, multiple: int
-) -> Dict[str, Any]:
+def _without_padding(part: Dict[str, Any], n: int, padding: int, multiple: int) -> Dict[str, Any]:
     """Cut off columns at the ends that are padding in all tensors of a group.
 
     As many stay as make the length a multiple of ``multiple``, as far as there are any.
