@@ -15,15 +15,16 @@ from __future__ import annotations
 import argparse
 import logging
 import statistics
-import time
 from typing import Any, Dict, List, Sequence
 
 import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.logging import metrics
 
+from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.trainer.rng_replay import RngReplay
-from scripts.benchmark.criterion_cost import PLAIN, batches, build
+from scripts.benchmark.criterion_cost import PLAIN, batches, build, time_trainers
+from scripts.benchmark.methods import Sample
 
 SAM, DELTA_SAM = "sam_adam", "delta_sam_adam"
 QUARTER = ["--sam-ascent-fraction", "0.25"]
@@ -47,26 +48,6 @@ WAYS: Dict[str, List[str]] = {
 }
 
 
-def clock() -> float:
-    """Seconds: of the processor, which other work on the machine does not add to."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        return time.perf_counter()
-    return time.process_time()
-
-
-def measure(trainers: Dict[str, Any], samples: Sequence[Any], rounds: int) -> Dict[str, float]:
-    """Mean time of an update of every trainer, in seconds; the first round is warm-up."""
-    times: Dict[str, List[float]] = {way: [] for way in trainers}
-    for number in range(rounds + 1):
-        for way, trainer in trainers.items():
-            begin = clock()
-            trainer.train_step([samples[number % len(samples)]])
-            if number:
-                times[way].append(clock() - begin)
-    return {way: statistics.mean(found) for way, found in times.items()}
-
-
 @torch.no_grad()
 def loss(trainer: Any, sample: Dict[str, Any]) -> float:
     """Mean loss of all sentences, in nats."""
@@ -74,11 +55,11 @@ def loss(trainer: Any, sample: Dict[str, Any]) -> float:
     return float(total) / n
 
 
-def rise(trainer: Any, samples: Sequence[Any]) -> float:
+def rise(trainer: Any, samples: Sequence[List[Sample]]) -> float:
     """Mean rise of the batch's loss from ``w`` to ``w + eps*``."""
     _ = trainer.optimizer  # built on first use
     ascent_step, found = trainer._ascent_step, []
-    for sample in samples:
+    for (sample,) in samples:
         prepared = [trainer._prepare_sample(sample)]
         before = loss(trainer, prepared[0][0])
         ascent_step.run(prepared, RngReplay(trainer._set_seed, host=False), 1.0)
@@ -102,9 +83,9 @@ def main() -> None:
             state = load_checkpoint_to_cpu(first.cfg.checkpoint.finetune_from_model)["model"]
             first.get_model().upgrade_state_dict(state)
             first.get_model().load_state_dict(state, strict=False)
-        samples = batches(first, max(args.warm, args.rounds + 1))
+        samples = batches(first, max(args.warm, args.rounds))
         for number in range(args.warm):
-            first.train_step([samples[number % len(samples)]])
+            first.train_step(samples[number % len(samples)])
         start = {k: v.clone() for k, v in first.get_model().state_dict().items()}
         calm = [*argv, "--dropout", "0", "--attention-dropout", "0", "--pooler-dropout", "0"]
         rises, trainers = {}, {}
@@ -115,12 +96,15 @@ def main() -> None:
                 rises[way] = rise(still, samples[:10])
             trainers[way] = build(PLAIN, optimizer, [*argv, *options])
             trainers[way].get_model().load_state_dict(start)
-            trainers[way].reset_dummy_batch(samples[0])
-        times = measure(trainers, samples, args.rounds)
-    print("| | processor ms an update | / Adam | rise of the loss / SAM's |\n|---|---|---|---|")
+        found = time_trainers(trainers, samples, args.rounds)
+    clock = "wall" if first.cuda else "cpu"  # other work does not add to the processor's time
+    times = {way: statistics.mean(seconds[clock]) for way, seconds in found.items()}
+    rows = []
     for way, seconds in times.items():
         left = f"{rises[way] / rises['SAM']:.2f}" if way in rises else "-"
-        print(f"| {way} | {1000 * seconds:.0f} | {seconds / times['Adam']:.2f} | {left} |")
+        rows.append([way, f"{1000 * seconds:.0f}", f"{seconds / times['Adam']:.2f}", left])
+    header = ["", "processor ms an update", "/ Adam", "rise of the loss / SAM's"]
+    print(markdown_table(header, rows))
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
         --batch-size 16 --arch roberta_base --max-positions 512 --num-classes 2
 
 All arguments but those below are fairseq-train's.  Every pair has a trainer of its own; they make
-one update each in turn, over and over, on the same batches, so that what else the machine does
-meets all of them.  Printed: the median time of an update, and its ratio to the plain criterion's
-with the same optimizer.
+one update each in turn, over and over, on the same batches, so that other work on the machine slows
+all of them.  Printed: the median time of an update, and its ratio to the plain criterion's with the
+same optimizer.
 """
 
 from __future__ import annotations
@@ -16,16 +16,15 @@ import itertools
 import logging
 import statistics
 import tempfile
-import time
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence
 
 import torch
-from fairseq import options, tasks
-from fairseq.dataclass.utils import convert_namespace_to_omegaconf
 from fairseq.logging import metrics
 
 import deltasam_fairseq
-from deltasam_fairseq import SharpnessAwareTrainer
+from deltasam_fairseq.markdown import markdown_table
+from scripts.benchmark.measure import Seconds, time_in_turn
+from scripts.benchmark.methods import Sample, build_trainer
 
 PLAIN = "sentence_prediction"
 CRITERIONS = (PLAIN, "r_drop", "r3f", "freelb", "smart", "vat")
@@ -34,51 +33,30 @@ OPTIMIZERS = ("adam", "sam_adam", "delta_sam_adam")
 
 def build(criterion: str, optimizer: str, argv: Sequence[str]) -> Any:
     """Return a trainer as fairseq-train makes it."""
-    parser = options.get_training_parser()
     words = [*argv, "--task", "sentence_prediction", "--criterion", criterion]
     words += ["--optimizer", optimizer, "--max-update", "1000", "--init-token", "0"]
     words += ["--user-dir", deltasam_fairseq.__path__[0], "--save-dir", tempfile.gettempdir()]
-    words += [] if torch.cuda.is_available() else ["--cpu"]
-    cfg = convert_namespace_to_omegaconf(options.parse_args_and_arch(parser, words))
-    torch.manual_seed(cfg.common.seed)
-    task = tasks.setup_task(cfg.task)
-    model, built = task.build_model(cfg.model), task.build_criterion(cfg.criterion)
-    trainer = SharpnessAwareTrainer(cfg, task, model, built)
-    task.load_dataset("train")
-    return trainer
+    return build_trainer([*words, *([] if torch.cuda.is_available() else ["--cpu"])])
 
 
-def batches(trainer: Any, count: int) -> List[Dict[str, Any]]:
-    """Return the first batches of the training set."""
-    dataset = trainer.task.dataset("train")
-    size = trainer.cfg.dataset.batch_size or 16
-    found = [
-        dataset.collater([dataset[i] for i in range(at * size, (at + 1) * size)])
+def batches(trainer: Any, count: int) -> List[List[Sample]]:
+    """Return the first batches of the training set, each as the micro-batch of an update."""
+    trainer.task.load_dataset("train")
+    dataset, size = trainer.task.dataset("train"), trainer.cfg.dataset.batch_size or 16
+    return [
+        [dataset.collater([dataset[i] for i in range(at * size, (at + 1) * size)])]
         for at in range(min(count, len(dataset) // size))
     ]
-    trainer.reset_dummy_batch(found[0])
-    return found
 
 
-def seconds(trainer: Any, sample: Dict[str, Any]) -> float:
-    """Return the time of one update, with what the device still had to do."""
-    begin = time.perf_counter()
-    trainer.train_step([sample])
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - begin
-
-
-def measure(trainers: Dict[Tuple[str, str], Any], rounds: int) -> Dict[Tuple[str, str], float]:
-    """Return the median time of an update of each trainer; the first round is warm-up."""
-    samples = batches(next(iter(trainers.values())), rounds + 1)
-    times: Dict[Tuple[str, str], List[float]] = {pair: [] for pair in trainers}
-    for number in range(rounds + 1):
-        for pair, trainer in trainers.items():
-            took = seconds(trainer, samples[number % len(samples)])
-            if number:
-                times[pair].append(took)
-    return {pair: statistics.median(found) for pair, found in times.items()}
+def time_trainers(
+    trainers: Dict[str, Any], samples: Sequence[List[Sample]], rounds: int
+) -> Seconds:
+    """Return the seconds of every trainer's updates, see `time_in_turn`."""
+    for trainer in trainers.values():
+        trainer.reset_dummy_batch(samples[0][0])
+    updates = {name: trainer.train_step for name, trainer in trainers.items()}
+    return time_in_turn(updates, samples, rounds, "cuda" if trainer.cuda else "cpu")
 
 
 def main() -> None:
@@ -89,18 +67,20 @@ def main() -> None:
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))
     args, argv = parser.parse_known_args()
     logging.disable(logging.INFO)
-    pairs = list(itertools.product(dict.fromkeys([PLAIN, *args.criterions]), args.optimizers))
+    criterions = dict.fromkeys([PLAIN, *args.criterions])
     with metrics.aggregate(new_root=True):
-        trainers = {pair: build(*pair, argv) for pair in pairs}
-        times = measure(trainers, args.rounds)
-    print("| criterion | " + " | ".join(f"{o}, ms (ratio)" for o in args.optimizers) + " |")
-    print("|---" * (len(args.optimizers) + 1) + "|")
-    for criterion in dict.fromkeys(criterion for criterion, _ in pairs):
-        cells = [
-            f"{1000 * times[criterion, o]:.0f} ({times[criterion, o] / times[PLAIN, o]:.2f})"
-            for o in args.optimizers
-        ]
-        print(f"| {criterion} | " + " | ".join(cells) + " |")
+        trainers = {
+            f"{criterion} {optimizer}": build(criterion, optimizer, argv)
+            for criterion, optimizer in itertools.product(criterions, args.optimizers)
+        }
+        samples = batches(next(iter(trainers.values())), args.rounds)
+        found = time_trainers(trainers, samples, args.rounds)
+    ms = {pair: 1000 * statistics.median(seconds["wall"]) for pair, seconds in found.items()}
+    rows = []
+    for criterion in criterions:
+        pairs = [(ms[f"{criterion} {o}"], ms[f"{PLAIN} {o}"]) for o in args.optimizers]
+        rows.append([criterion, *(f"{taken:.0f} ({taken / plain:.2f})" for taken, plain in pairs)])
+    print(markdown_table(["criterion", *(f"{o}, ms (ratio)" for o in args.optimizers)], rows))
 
 
 if __name__ == "__main__":

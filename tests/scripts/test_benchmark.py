@@ -16,7 +16,8 @@ import torch
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
 from scripts.benchmark import __main__ as benchmark
-from scripts.benchmark import measure, methods, report
+from scripts.benchmark import ascent_quality, criterion_cost, measure, methods, report
+from tests.helpers import tiny
 
 SMALL = "--shape small --batch-size 2 --length 8 --threads 1 --device cpu".split()
 SETTING = methods.Setting("small", 2, 8, 1, "fp32", "cpu")
@@ -427,3 +428,37 @@ def test_summary_by_hand():
     assert row["seconds"] == 6 and row["samples_per_second"] == pytest.approx(8 / 6)
     assert row["wall_ratio"] == 2 and row["cpu_ratio"] == 2.5
     assert setting.title.endswith("2 micro-batches an update")
+
+
+def table_of(program, data, words, monkeypatch, capsys):
+    """The cells of the table that a program prints of the tiny data, without the header."""
+    disabled = logging.root.manager.disable
+    argv = [str(data), *tiny.MODEL, *"--num-classes 2 --lr 1e-3 --batch-size 8".split(), *words]
+    monkeypatch.setattr(sys, "argv", ["program", *argv])
+    try:
+        program.main()
+    finally:
+        logging.disable(disabled)
+    header, line, *rows = capsys.readouterr().out.strip().splitlines()
+    assert set(line) <= set("|- ")
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+
+
+def test_cost_of_criterions(classification, monkeypatch, capsys):
+    """Every criterion with every optimizer, and the ratio to the plain one's."""
+    words = ["--criterions", "r_drop", "--optimizers", "adam", "sam_adam", "--rounds", "3"]
+    rows = table_of(criterion_cost, classification, words, monkeypatch, capsys)
+    assert [row[0] for row in rows] == ["sentence_prediction", "r_drop"]
+    assert all(cell.endswith("(1.00)") for cell in rows[0][1:])
+    assert all(float(cell.split("(")[1].strip(")")) > 0 for cell in rows[1][1:])
+
+
+def test_quality_of_cheaper_ascents(classification, monkeypatch, capsys):
+    """What is left of the rise: all of SAM's, and as much where it climbs more seldom."""
+    ways = ("Adam", "SAM", "SAM, every 5th update", "SAM, layer normalisations only")
+    monkeypatch.setattr(ascent_quality, "WAYS", {w: ascent_quality.WAYS[w] for w in ways})
+    words = ["--rounds", "5", "--warm", "3"]
+    rows = table_of(ascent_quality, classification, words, monkeypatch, capsys)
+    assert [row[0] for row in rows] == list(ways)
+    assert [row[3] for row in rows[:3]] == ["-", "1.00", "1.00"] and float(rows[3][3]) < 0.9
+    assert rows[0][2] == "1.00" and all(float(row[2]) > 0 for row in rows)
