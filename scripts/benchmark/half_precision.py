@@ -39,6 +39,7 @@ from deltasam_fairseq.algorithms import (
     unit_roundoff,
 )
 from deltasam_fairseq.criterions import per_sentence_losses
+from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 
 # What the weights are kept in, and what a product multiplies them in.
@@ -49,17 +50,24 @@ PRECISIONS = {
     "amp": (torch.float32, torch.float16),
 }
 SEED = 1
+HEADER = (
+    *("dtype", "rho", "TV, literal", "TV, rule", "worst", "corr., literal", "corr., rule"),
+    *("radius", "rise, nearest", "rise, stochastic", "scatter", "realised"),
+)
+FORMATS = ("", "g", ".3f", ".3f", ".3f", ".3f", ".4f", ".3g", ".3f", ".3f", ".3f", ".3f")
 
 
 class Measured(NamedTuple):
+    """A row of the table, see `HEADER`."""
+
     dtype: str
     rho: float
-    radius: float
     tv_literal: float
     tv_rule: float
     tv_worst: float
     correlation_literal: float
     correlation_rule: float
+    radius: float
     rise_nearest: float
     rise_stochastic: float
     scatter: float
@@ -143,21 +151,23 @@ class Model:
     def exact_guardedness(self, rho: float, draw: int) -> Tensor:
         """Eq. 3 in the precision of this model, with the direction that float32 draws."""
         if (rho, draw) not in self._exact:
-            self._exact[rho, draw] = self._exact_guardedness(rho, draw)
+            u = [torch.empty_like(p, dtype=torch.float32) for p in self.params]
+            norm = draw_direction_(u, probe_generator(SEED, draw, u[0].device))
+            probed = [p.data + rho * x.to(p.dtype) / norm for p, x in zip(self.params, u)]
+            own = self.losses_at([p.data for p in self.params])
+            self._exact[rho, draw] = guardedness(own, self.losses_at(probed))
         return self._exact[rho, draw]
 
-    def _exact_guardedness(self, rho: float, draw: int) -> Tensor:
-        u = [torch.empty_like(p, dtype=torch.float32) for p in self.params]
-        norm = draw_direction_(u, probe_generator(SEED, draw, u[0].device))
+    @torch.no_grad()
+    def losses_at(self, values: List[Tensor]) -> Tensor:
+        """The losses when the weights take these values, in their own precision."""
         before = [p.data for p in self.params]
-        with torch.no_grad():
-            clean = self.losses()
-            for p, x in zip(self.params, u):
-                p.data = p.data + rho * x.to(p.dtype) / norm
-            probed = self.losses()
+        for p, value in zip(self.params, values):
+            p.data = value.to(p.dtype)
+        losses = self.losses()
         for p, value in zip(self.params, before):
             p.data = value
-        return guardedness(clean, probed)
+        return losses
 
     def gradient(self) -> List[Tensor]:
         self.model.zero_grad()
@@ -174,18 +184,6 @@ class _Detached(SharpnessAwareOptimizer):
     @staticmethod
     def base_class(cfg: Any, params: Any) -> Any:  # type: ignore[override]
         return None
-
-
-def loss_in_float64(exact: Model, values: List[Tensor]) -> float:
-    """Mean loss, in float64, when the weights take these values."""
-    before = [p.data for p in exact.params]
-    with torch.no_grad():
-        for p, value in zip(exact.params, values):
-            p.data = value.double()
-        loss = exact.losses().mean()
-        for p, value in zip(exact.params, before):
-            p.data = value
-    return loss.item()
 
 
 def measure(
@@ -225,23 +223,25 @@ def _measure_probe(exact: Model, model: Model, rho: float, draws: int, note: Any
 def _measure_ascent(
     exact: Model, model: Model, rho: float, roundings: int, note: Any
 ) -> List[float]:
+    weights = [p.data for p in exact.params]
     grads = exact.gradient()
     norm = torch.stack([g.norm() for g in grads]).norm()
-    steps = [rho * g / norm for g in grads]
-    clean = loss_in_float64(exact, [p.data for p in exact.params])
-    whole = loss_in_float64(exact, [p.data + s for p, s in zip(exact.params, steps)]) - clean
+    clean = exact.losses_at(weights).mean()
+
+    def rise(values: List[Tensor]) -> float:
+        return float(exact.losses_at(values).mean() - clean)
+
+    whole = rise([w + rho * g / norm for w, g in zip(weights, grads)])
     own = model.gradient()
     own_norm = torch.stack([g.double().norm() for g in own]).norm()
-    nearest = [
-        (p.data.float() + (g.float() * (rho / own_norm).float())).to(model.dtype)
-        for p, g in zip(exact.params, own)
-    ]
-    note("rise_nearest", (loss_in_float64(exact, nearest) - clean) / whole)
+    scale = (rho / own_norm).float()
+    nearest = [(w.float() + g.float() * scale).to(model.dtype) for w, g in zip(weights, own)]
+    note("rise_nearest", rise(nearest) / whole)
     rises = []
     for draw in range(roundings):
         sam = model.sam(rho)
         note("realised", sam.ascend(model.params, SEED, draw).realised)
-        rises.append((loss_in_float64(exact, [p.data for p in model.params]) - clean) / whole)
+        rises.append(rise([p.data for p in model.params]) / whole)
         note("rise_stochastic", rises[-1])
         sam.restore()
     return rises
@@ -253,28 +253,20 @@ def total_variation(a: Tensor, b: Tensor) -> float:
 
 
 def table(rows: List[Measured], command: str, size: int, sentences: int) -> str:
-    head = (
-        "| dtype | rho | TV, literal | TV, rule | worst | corr., literal | corr., rule | radius "
-        "| rise, nearest | rise, stochastic | scatter | realised |\n" + "|---" * 12 + "|\n"
-    )
-    body = "".join(
-        f"| {r.dtype} | {r.rho:g} | {r.tv_literal:.3f} | {r.tv_rule:.3f} | {r.tv_worst:.3f} "
-        f"| {r.correlation_literal:.3f} | {r.correlation_rule:.4f} | {r.radius:.3g} "
-        f"| {r.rise_nearest:.3f} | {r.rise_stochastic:.3f} | {r.scatter:.3f} | {r.realised:.3f} |\n"
-        for r in rows
-    )
-    return f"{size / 1e6:.1f}M weights, {sentences} sentences: `{command}`\n\n{head}{body}"
+    cells = [[format(value, spec) for value, spec in zip(row, FORMATS)] for row in rows]
+    facts = f"{size / 1e6:.1f}M weights, {sentences} sentences: `{command}`"
+    return f"{facts}\n\n{markdown_table(HEADER, cells)}\n"
 
 
 def factor_table(
     pairs: Dict[str, List[Tuple[Model, Model]]], rho: float, factors: Sequence[float], draws: int
 ) -> str:
     """Total variation of central differences at multiples of ``cbrt(eps) ||w||``: mean, worst."""
-    lines = ["| factor | " + " | ".join(f"{f:g}" for f in factors), "|---" * (1 + len(factors))]
+    rows = []
     for name, of_batches in pairs.items():
         if torch.finfo(of_batches[0][1].dtype).bits == 32:
             continue
-        line = f"| {name}"
+        row = [name]
         for factor in factors:
             found = []
             for exact, model in of_batches:
@@ -282,10 +274,10 @@ def factor_table(
                 for draw in range(draws):
                     a, _ = model.guardedness(rho, factor * unit, draw)
                     found.append(total_variation(a, exact.exact_guardedness(rho, draw)))
-            line += f" | {sum(found) / len(found):.3f} ({max(found):.3f})"
-        lines.append(line)
-        print(line, file=sys.stderr, flush=True)
-    return "".join(f"{line} |\n" for line in lines)
+            row.append(f"{sum(found) / len(found):.3f} ({max(found):.3f})")
+        rows.append(row)
+        print(*row, file=sys.stderr, flush=True)
+    return markdown_table(["factor", *(f"{f:g}" for f in factors)], rows) + "\n"
 
 
 def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:

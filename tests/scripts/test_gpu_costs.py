@@ -13,6 +13,7 @@ import types
 import pytest
 import torch
 
+from deltasam_fairseq.optim import compiled_rounding
 from scripts.benchmark import measure, methods, report
 from scripts.gpu import costs
 
@@ -191,3 +192,17 @@ def test_work_of_the_gpu_by_hand(monkeypatch):
     assert done == {"seconds": pytest.approx(50e-6), "kernels": 2}
     events.clear()
     assert measure.device_work(lambda: None) is None
+
+
+def test_rounding_that_is_not_compiled_says_why(monkeypatch):
+    """One row, in which both ways are the plain operations."""
+
+    def compile(kernel):
+        raise RuntimeError("no C compiler here")
+
+    compiled_rounding._compile_and_check.cache_clear()
+    monkeypatch.setattr(compiled_rounding, "_compile", compile)
+    result = costs.compare_rounding("cpu", "bf16", ["small", "base"])
+    compiled_rounding._compile_and_check.cache_clear()
+    assert "no C compiler here" in result["warnings"] and len(result["rows"]) == 1
+    assert "Not compiled (bf16): stochastic rounding is not" in costs.rounding_table([result])
