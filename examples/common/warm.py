@@ -22,7 +22,10 @@ import tempfile
 import threading
 from typing import IO, Any, Dict, Optional, Sequence, Tuple, Union
 
-PRELOAD = ("fairseq.trainer", "fairseq.dataclass.initialize", "fairseq.model_parallel", "hydra")
+PRELOAD = (
+    *("fairseq.trainer", "fairseq.dataclass.initialize", "fairseq.model_parallel", "hydra"),
+    "torch._dynamo",  # 2 to 5 s, else when the first optimizer is made
+)
 # Before the fork CUDA must not start. Where no device is visible, torch asks neither the driver
 # nor NVML how many there are; and no thread of numpy's runs.
 SERVER = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1"}

@@ -94,6 +94,12 @@ def common_options(description: str) -> argparse.ArgumentParser:
     add("--label-noise", type=float, metavar="SHARE", help="share of wrong labels to train on")
     add("--noise-seed", type=int, default=1, help="of --train-rows and --label-noise (default: 1)")
     add(
+        "--batch-size",
+        type=ranged(int, at_least=1),
+        default=BATCH,
+        help=f"sentences, of a default recipe (default: {BATCH})",
+    )
+    add(
         "--epochs",
         type=ranged(int, at_least=1),
         default=10,
@@ -257,13 +263,13 @@ def size_overrides(args: argparse.Namespace, task: str) -> List[str]:
                 "recipe of its own; prepare it with python -m deltasam_fairseq.glue.prepare"
             )
         classes, rows = len(record["labels"]), record["splits"]["train"]["rows"]
-    updates = args.epochs * -(-rows // BATCH)
+    updates = args.epochs * -(-rows // args.batch_size)
     metric = METRICS.get(task, "accuracy" if classes else "pearson_and_spearman")
     criterion = [] if classes else ["regression_target"]
     criterion += [] if metric == "accuracy" else [f"report_{metric}"]
     return [
         f"task.num_classes={classes or 1}",
-        f"dataset.batch_size={BATCH}",
+        f"dataset.batch_size={args.batch_size}",
         f"optimization.max_update={updates}",
         f"lr_scheduler.total_num_update={updates}",
         f"lr_scheduler.warmup_updates={int(WARMUP * updates)}",
