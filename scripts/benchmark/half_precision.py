@@ -74,17 +74,24 @@ class Measured(NamedTuple):
     realised: float
 
 
-def arguments() -> argparse.Namespace:
+def options(description: str) -> argparse.ArgumentParser:
+    """The options that say what is measured, and where the figures go."""
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("data", help="data folder of the checkpoint's task")
     parser.add_argument("--path", required=True, help="fairseq checkpoint")
     parser.add_argument("--valid-subset", default="valid", help="split to take sentences from")
     parser.add_argument("--batch-size", type=int, default=32, help="sentences of a batch")
     parser.add_argument("--batches", type=int, default=4, help="batches that are averaged")
-    parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--draws", type=int, default=3, help="probes of each batch")
+    parser.add_argument("--out", type=Path, required=True, help="prefix of the files written")
+    return parser
+
+
+def arguments() -> argparse.Namespace:
+    parser = options(__doc__ or "")
+    parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--roundings", type=int, default=10, help="rounded steps of each batch")
     parser.add_argument(
         "--factors",
@@ -93,7 +100,6 @@ def arguments() -> argparse.Namespace:
         default=[],
         help="in place of all that: total variation at these factors of cbrt(eps) ||w||",
     )
-    parser.add_argument("--out", type=Path, required=True, help="prefix of the files written")
     parser.add_argument("--no-plot", action="store_true", help="without OUT.png")
     return parser.parse_args()
 
@@ -306,8 +312,8 @@ def plot(exact: Model, models: Dict[str, Model], rho: float, out: Path) -> None:
     figure.savefig(out, dpi=120)
 
 
-def main() -> None:
-    args = arguments()
+def load(args: argparse.Namespace) -> Dict[str, List[Tuple[Model, Model]]]:
+    """The model in float64 and in each of `PRECISIONS`, one pair a batch."""
     (model,), cfg, task = checkpoint_utils.load_model_ensemble_and_task(
         [args.path], {"data": args.data}
     )
@@ -324,6 +330,12 @@ def main() -> None:
         for name, each in PRECISIONS.items():
             pairs[name].append((exact, Model(model, criterion, sample, *each)))
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    return pairs
+
+
+def main() -> None:
+    args = arguments()
+    pairs = load(args)
     if args.factors:
         text = factor_table(pairs, args.sam_rho_list[-1], args.factors, args.draws)
         Path(f"{args.out}-factors.md").write_text(text)
@@ -334,7 +346,9 @@ def main() -> None:
         for rho in args.sam_rho_list:
             rows.append(measure(each_batch, name, rho, args.draws, args.roundings))
             print(f"{name} rho {rho:g}: {rows[-1]._asdict()}", file=sys.stderr, flush=True)
+    exact, _ = pairs["fp32"][0]
     size, batches = sum(p.numel() for p in exact.params), len(pairs["fp32"])
+    n = exact.sample["nsentences"]
     counts = {"batch-size": n, "batches": batches, "draws": args.draws, "roundings": args.roundings}
     command = "python -m scripts.benchmark.half_precision DATA --path "
     command += f"{Path(args.path).name} --out OUT"

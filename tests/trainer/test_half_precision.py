@@ -382,8 +382,8 @@ def test_resumed_on_a_gpu_is_uninterrupted_bitwise(classification, tmp_path, opt
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory):
-    """The script's measurements on the small RoBERTa, by dtype, at three rho."""
+def pairs(tmp_path_factory):
+    """The small RoBERTa in float64 and in each precision, with two batches of 32 sentences."""
     from scripts.benchmark import half_precision
 
     argv = tiny.arguments(
@@ -403,12 +403,22 @@ def measured(tmp_path_factory):
         exact = half_precision.Model(*with_criterion, torch.float64, torch.float64)
         return exact, half_precision.Model(*with_criterion, *precision)
 
-    rows = []
-    for name, precision in half_precision.PRECISIONS.items():
-        pairs = [pair(sample, precision) for sample in tiny.batches(trainer, 32)[:2]]
-        for rho in (0.01, 0.02, 0.05):
-            rows.append(half_precision.measure(pairs, name, rho, draws=2, roundings=10))
-    return rows
+    return {
+        name: [pair(sample, precision) for sample in tiny.batches(trainer, 32)[:2]]
+        for name, precision in half_precision.PRECISIONS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def measured(pairs):
+    """The script's measurements, by dtype, at three rho."""
+    from scripts.benchmark.half_precision import measure
+
+    return [
+        measure(each, name, rho, draws=2, roundings=10)
+        for name, each in pairs.items()
+        for rho in (0.01, 0.02, 0.05)
+    ]
 
 
 def test_weights_of_sentences_are_those_of_float64(measured):
@@ -425,3 +435,28 @@ def test_rise_of_the_loss_is_that_of_the_exact_ascent(measured):
     for row in measured:
         assert row.rise_stochastic == pytest.approx(1, abs=0.03), row
         assert row.realised == pytest.approx(1, abs=0.03), row
+
+
+@pytest.mark.parametrize("dtype", ["fp16", "bf16"])
+def test_other_estimates_of_guardedness(pairs, dtype):
+    """The central difference of the script is the plugin's; a forward difference is further off."""
+    from scripts.benchmark.half_precision import total_variation
+    from scripts.benchmark.probe_estimators import ESTIMATORS, sides
+
+    found = {kind: [] for kind in ESTIMATORS}
+    for exact, model in pairs[dtype]:
+        before = [p.data.clone() for p in model.params]
+        a, radius = model.guardedness(0.05, None, draw=0)
+        draws = [sides(model, radius, draw) for draw in range(2)]
+        assert equal([p.data for p in model.params], before)
+        torch.testing.assert_close((draws[0].ahead - draws[0].behind) / 2, a)
+        for draw in range(2):
+            exact_a = exact.exact_guardedness(0.05, draw)
+            for kind, estimate in ESTIMATORS.items():
+                found[kind].append(
+                    total_variation(estimate(draws[draw], [draws[1 - draw]]), exact_a)
+                )
+    means = {kind: sum(tv) / len(tv) for kind, tv in found.items()}
+    for kind, mean in means.items():
+        if kind.startswith("forward"):
+            assert mean > 1.5 * means["central difference"], means
