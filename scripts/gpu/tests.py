@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import importlib.util
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from deltasam_fairseq.markdown import markdown_table
 from scripts.gpu.part import part_options
 
 LINES = 12  # of a failure's report
+AT_A_TIME = 6  # tests on the one card, where pytest-xdist can start them
 LONGEST = 45  # seconds of a test, where pytest-timeout can end it
 
 
@@ -78,11 +80,14 @@ def main() -> int:
     """Run them; return 0 if none failed."""
     args = part_options(__doc__).parse_args()
     begin = time.monotonic()
+    args.work.mkdir(parents=True, exist_ok=True)
     record = Record(args.out / "tests.json", args.work / "tests.md")
     words = ["-m", "cuda", "-p", "no:cacheprovider", "--color=no", "-q", "--tb=short"]
     words += [f"--basetemp={args.work / 'pytest'}", "tests"]
     if importlib.util.find_spec("pytest_timeout") is not None:
         words.append(f"--timeout={LONGEST}")
+    if args.device == "cuda" and importlib.util.find_spec("xdist") is not None:
+        words += ["-n", str(min(AT_A_TIME, os.cpu_count() or 1)), "--dist", "worksteal"]
     code = pytest.main(words, plugins=[record])
     record.write()
     print(f"{time.monotonic() - begin:.0f} s, pytest's exit code {int(code)}")
