@@ -97,6 +97,7 @@ class DataRecord:
         scale: what glue.prepare divided the scores by.
         sentences: how many there are in an example.
         columns: names of the columns that they were read from, in their order.
+        languages: --source-lang and --target-lang.
         tokens: --init-token and --separator-token; of a folder they are not known, as they are
             options of training. [None, None]: without either.
         max_positions: --max-positions.
@@ -114,6 +115,7 @@ class DataRecord:
     scale: Optional[float] = None
     sentences: Optional[int] = None
     columns: Optional[List[str]] = None
+    languages: Optional[List[str]] = None
     tokens: Optional[List[Optional[int]]] = None
     max_positions: Optional[int] = None
     head: Optional[str] = None
@@ -213,6 +215,8 @@ class DataRecord:
         if option("num_classes") is not None:
             self.classes = option("num_classes")
             self.tokens = [option("init_token"), option("separator_token")]
+        languages = [option("source_lang"), option("target_lang")]
+        self.languages = languages if all(languages) else None
         positions = option("max_positions")
         self.max_positions = positions if isinstance(positions, int) else None
         self.head = option("classification_head_name")

@@ -30,8 +30,8 @@ class Difference(NamedTuple):
     """One thing in which two data sets differ, in words for an error.
 
     Attributes:
-        kind: ``words``, ``targets``, ``labels``, ``scale``, ``sentences``, ``columns``, ``tokens``
-            or ``preparation``.
+        kind: ``words``, ``targets``, ``labels``, ``scale``, ``sentences``, ``columns``,
+            ``languages``, ``tokens`` or ``preparation``.
         trained: what the checkpoint was trained on or with.
         here: what the data is or has.
         remedy: what to do.
@@ -69,6 +69,10 @@ def differences(trained: DataRecord, data: DataRecord) -> List[Difference]:
         names = (" ".join(map(repr, r.columns or ())) for r in (trained, data))
         what = f"on the columns {next(names)} in this order"
         found.append(Difference("columns", what, f"has {next(names)}", remedy))
+    if trained.languages and trained.languages[::-1] == data.languages != trained.languages:
+        ways = [" into ".join(r.languages or ()) for r in (trained, data)]
+        remedy = "give a model of that direction"
+        found.append(Difference("languages", f"for {ways[0]}", f"is for {ways[1]}", remedy))
     if trained.tokens is not None and data.tokens is not None:
         used = 1 if 1 in (trained.sentences, data.sentences) else 2  # one needs no separator
         tokens = trained.tokens[:used], data.tokens[:used]

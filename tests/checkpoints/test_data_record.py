@@ -112,6 +112,7 @@ def test_class_order(trained, data, classes, expected):
             {"columns": ["column 2", "column 1"], "task": "own"},
             "columns",
         ),
+        ({"languages": ["de", "en"]}, {"languages": ["en", "de"]}, "languages"),
         ({"tokens": [None, 2]}, {"tokens": [0, 2]}, "tokens"),
         ({"tokens": [0, None], "sentences": 2}, {"tokens": [0, 2], "sentences": 2}, "tokens"),
     ],
@@ -137,6 +138,8 @@ def test_what_is_refused(trained, data, kind):
         ({"tokens": [0, None], "sentences": 1}, {"tokens": [0, 2], "sentences": 1}),
         ({"sentences": 2, "columns": ["a", "b"]}, {"sentences": 2}),  # fairseq's own preparation
         ({"task": "MNLI"}, {"task": "SNLI"}),
+        ({"languages": ["de", "en"]}, {"languages": ["deu", "eng"]}),
+        ({"languages": ["de", "de"]}, {"languages": ["de", "de"]}),
     ],
 )
 def test_what_is_right_is_not_refused(trained, data):

@@ -261,3 +261,18 @@ class TestFormat:
         message = refused(capsys, data, model, tmp_path / "without.pt")
         assert "no --init-token" in message and "with --init-token 0" in message
         predicted(data, [tmp_path / "without.pt"], tmp_path)
+
+
+def test_the_other_direction(translation, tmp_path):
+    """Of two languages with one dictionary; fits by size, and by words."""
+    criterion = "label_smoothed_cross_entropy"
+    ends = [
+        runs.train(translation, tmp_path / t, *pair, "--max-update", "1", criterion=criterion)
+        for t, *pair in (("bb", "-s", "aa", "-t", "bb"), ("aa", "-s", "bb", "-t", "aa"))
+    ]
+    there, back = (str(end.save_dir / "checkpoint_last.pt") for end in ends)
+    options = ("--distill-teacher", back, "--max-update", "1")
+    with pytest.raises(DataMismatchError, match="bb into aa, the data is for aa into bb"):
+        runs.train(translation, tmp_path / "run", *options, criterion="seq2seq_distill")
+    with pytest.raises(UsageError, match="bb into aa"):
+        mean.average([there, back])
