@@ -126,7 +126,10 @@ def move_along_(
             kind = (w.device, w.dtype)
             if kind not in scales:
                 scales[kind] = scale.to(*kind)
-            torch.addcmul(w, d.to(w.dtype), scales[kind], out=v)
+            # Older versions of torch do not convert an output of addcmul.
+            moved = torch.addcmul(w, d.to(w.dtype), scales[kind], out=v if alike else None)
+            if not alike:
+                v.copy_(moved)
     return torch.ones_like(scale, dtype=torch.float64)
 
 
