@@ -145,7 +145,9 @@ class AscentStep:
         if not self._losses_checked:
             self._check_per_sentence_losses(samples[0][0], replay)
             self._losses_checked = True
-        sam.draw_ahead(self._weights.parameters(), *self._draw())
+        clean_first = len(samples) == 1 or sam.ascent_fraction < 1 or not sam.probes_centrally
+        if clean_first:  # otherwise the probe would wait for the one thread that draws
+            sam.draw_ahead(self._weights.parameters(), *self._draw())
         log = StepMetrics(per_rank=sam.per_rank)
         if sam.ascent_fraction < 1:
             self._backward_of_most_unguarded(samples, replay, log)

@@ -140,3 +140,16 @@ def test_other_side_in_float32_is_a_reflection(sam):
     (_, found), drawn = both_sides(optimizer, params, 1, 7)
     assert drawn == 1
     torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("micro_batches, ahead", [(1, 1), (2, 0)])
+def test_drawn_ahead_only_where_a_forward_comes_first(
+    classification, tmp_path, monkeypatch, micro_batches, ahead
+):
+    """With several micro-batches the central difference makes no clean forward."""
+    argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", "--bf16")
+    trainer = tiny.build_trainer(argv)
+    sam, calls = sharpness_aware(trainer.optimizer), []
+    monkeypatch.setattr(sam, "draw_ahead", lambda *args: calls.append(args))
+    trainer.train_step(tiny.batches(trainer)[:micro_batches])
+    assert len(calls) == ahead
