@@ -209,10 +209,19 @@ def head_weights(hf: Tensors, family: Family, model: Any, classes: Optional[int]
 
 
 def write_labels(names: Dict[int, str], path: Path) -> None:
-    """fairseq's label/dict.txt: the classes in their order."""
+    """fairseq's label/dict.txt: the classes in their order.
+
+    Raises:
+        ValueError: two of them have one name.
+    """
     labels = Dictionary()
-    for _, name in sorted(names.items()):
-        labels.add_symbol("_".join(str(name).split()))
+    symbols = [" ".join(str(name).split()) for _, name in sorted(names.items())]
+    if len(set(symbols)) < len(symbols):
+        raise ValueError(
+            f"config.json: id2label has a name twice, {', '.join(symbols)}; give each class its own"
+        )
+    for symbol in symbols:
+        labels.add_symbol(symbol)
     path.parent.mkdir()
     labels.save(str(path))
 
@@ -235,6 +244,12 @@ def to_fairseq(
         ValueError, OSError, ImportError: what is wrong, in words. Then nothing is written.
     """
     config, hf, with_lm, with_head = read_source(source)
+    keeps_head = with_head is not None and num_classes is None
+    if keeps_head and config.problem_type == "multi_label_classification":
+        raise ValueError(
+            f"{source}: problem_type is multi_label_classification, a yes or no for every label; "
+            "fairseq's head chooses one of them. --num-classes N gives a head without these outputs"
+        )
     family = FAMILIES[config.model_type]
     vocabulary, size = load_vocabulary(source, config.model_type), config.vocab_size
     symbols = fairseq_symbols(vocabulary, family, size)
@@ -268,7 +283,7 @@ def to_fairseq(
             raise ValueError("fairseq's dict.txt cannot hold this vocabulary")
         copy_tokenizer(source, part)
         bpe = write_bpe(vocabulary, config.model_type, part)
-        if with_head is not None and num_classes is None:
+        if keeps_head:
             write_labels(config.id2label, part / "label" / "dict.txt")
 
         side, lines = Side(family, with_mask, rows), sample_lines(vocabulary, text)

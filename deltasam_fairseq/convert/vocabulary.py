@@ -86,6 +86,8 @@ def load_vocabulary(folder: Path, model_type: str) -> Vocabulary:
 
         readings[str(whole)] = json.loads(Tokenizer.from_file(str(whole)).to_str())
     found = [read_steps(steps, model_type, name) for name, steps in readings.items()]
+    if whole.is_file() and (folder / files[0]).is_file():
+        require_same_ids(folder / files[0], found[-1].tokens)
     if found[0] != found[-1]:
         what = "upper case" if found[0][:2] == found[-1][:2] else "the vocabulary"
         raise ValueError(
@@ -129,6 +131,19 @@ def read_steps(steps: Dict[str, Any], model_type: str, name: str) -> Vocabulary:
     pairs = steps["model"].get("merges", [])
     merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in pairs]
     return Vocabulary(tokens, merges, not normalizer["lowercase"])
+
+
+def require_same_ids(path: Path, tokens: Dict[int, str]) -> None:
+    """Raise a ValueError if vocab.txt or vocab.json, which older programs read, has other ids."""
+    text = path.read_text(encoding="utf-8")
+    lines = {token: i for i, token in enumerate(text.split("\n"))}
+    ids = json.loads(text) if path.suffix == ".json" else lines
+    for i, token in tokens.items():
+        if ids.get(token, i) != i:
+            raise ValueError(
+                f"{path}: {token} is number {ids[token]}, in tokenizer.json {i}; keep the file "
+                "that the model was trained with and remove the other"
+            )
 
 
 def copy_tokenizer(source: Path, out: Path) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -196,6 +197,8 @@ def read_lines(path: Path) -> List[List[str]]:
             lines = [line.rstrip("\r\n").split("\t") for line in file]
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}); save it as that") from error
+    if len(lines) == 1 and any("\r" in cell for cell in lines[0]):
+        raise DataError(f"{path}: its lines end in a carriage return alone; save it with \\n")
     while lines and lines[-1] == [""]:
         lines.pop()
     return lines
@@ -218,6 +221,9 @@ def read_table(path: Path, task: Task, labelled: bool = True) -> Table:
     elif not header:
         found = ", ".join(rows[0]) if rows else "nothing"
         raise DataError(f"{path}, line 1: expected columns {', '.join(columns)}, found {found}")
+    twice = next((column for column in columns if header.count(column) > 1), None)
+    if twice is not None:
+        raise DataError(f"{path}, line 1: more than one column is named {twice}; rename the others")
     where = [header.index(column) for column in columns]
     needed = 1 + max(where)
     exact = task.exact if labelled else 0
@@ -256,6 +262,8 @@ def check_labels(table: Table, task: Task) -> None:
             expected = "a number" if task.own else f"a number from 0 to {task.scale:g}"
         else:
             continue
+        if table.path.stem in task.test:
+            expected += "; remove the column from the file if its labels are not known"
         raise DataError(f"{table.path}, line {line}: label {label!r}, expected {expected}")
 
 
@@ -267,19 +275,29 @@ def _is_score(text: str, highest: float) -> bool:
     return math.isfinite(score) and (not highest or 0 <= score <= highest)
 
 
-def quoting_hint(table: Table) -> str:
-    """Return a sentence about cells that look quoted as in CSV; empty if there are none."""
-    lines = [
-        line
-        for line, *cells in zip(table.lines, *table.sentences)
-        if any(re.fullmatch('".*"".*"', cell.strip()) for cell in cells)
-    ]
-    if not lines:
-        return ""
-    return (
-        f"{table.path}: {len(lines)} rows look quoted as in CSV, the first in line {lines[0]}; "
-        "quotation marks are taken as text: if they are not, write the file without quoting"
-    )
+# What a sentence looks like -> what to say of its rows, and what may be done.
+HINTS = {
+    '".*"".*"': (
+        "look quoted as in CSV",
+        "; quotation marks are taken as text: if they are not, write the file without quoting",
+    ),
+    "": ("have a sentence without text", ""),
+}
+
+
+def hints(table: Table) -> List[str]:
+    """Return a sentence about each thing in a table that is often not meant."""
+    found = []
+    for pattern, (what, remedy) in HINTS.items():
+        lines = [
+            line
+            for line, *cells in zip(table.lines, *table.sentences)
+            if any(re.fullmatch(pattern, cell.strip()) for cell in cells)
+        ]
+        if lines:
+            where = f"the first in line {lines[0]}"
+            found.append(f"{table.path}: {len(lines)} rows {what}, {where}{remedy}")
+    return found
 
 
 def own_task(
@@ -300,6 +318,11 @@ def own_task(
     sentences, label = tuple(columns[0].split(",")), columns[1]
     if not 1 <= len(sentences) <= 2:
         raise DataError(f"--columns {' '.join(columns)}: one or two sentences, as in 1,2 3")
+    if len({*sentences, label}) <= len(sentences):
+        raise DataError(
+            f"--columns {' '.join(columns)}: a column is named twice; sentences and label have "
+            "columns of their own"
+        )
     names: Tuple[str, ...] = ()
     if all(re.fullmatch("[1-9][0-9]*", column) for column in (*sentences, label)):
         names = tuple(f"column {i + 1}" for i in range(max(map(int, (*sentences, label)))))
@@ -320,9 +343,15 @@ def own_task(
         return task
     labels = sorted(set(read_table(train, task).labels))
     numbers: Dict[float, str] = {}
+    looks: Dict[str, str] = {}
     for label in labels:
         if not label or label in FAIRSEQ_SYMBOLS:
             raise DataError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
+        same = looks.setdefault(_visible(label), label)
+        if same != label:
+            raise DataError(
+                f"{train}: the labels {same!a} and {label!a} look the same; write it in one way"
+            )
         same = numbers.setdefault(float(label), label) if _NUMBER.fullmatch(label) else label
         if same != label:
             raise DataError(
@@ -335,6 +364,12 @@ def own_task(
             f"is {columns[1]} in --columns {' '.join(columns)} the column of the labels?"
         )
     return task._replace(labels=tuple(labels))
+
+
+def _visible(text: str) -> str:
+    """Return what is seen of a text: composed, without characters of no width."""
+    composed = unicodedata.normalize("NFKC", text)
+    return "".join(c for c in composed if unicodedata.category(c) != "Cf").strip()
 
 
 def _has_header(train: Path, task: Task, scores: bool) -> bool:

@@ -27,7 +27,7 @@ from deltasam_fairseq.glue.tasks import (
     check_rows,
     find_file,
     has_labels,
-    quoting_hint,
+    hints,
     read_table,
 )
 from deltasam_fairseq.glue.training_rows import draw_rows, replace_labels
@@ -259,8 +259,7 @@ def write_task(
 
     def write(split: Split) -> Tuple[Entry, str]:
         table = read_split(split, any_rows)
-        hint = quoting_hint(table) if task.own else ""
-        if hint:
+        for hint in hints(table) if task.own else ():
             print(hint)
         unknown = write_split(split, table, encoding, run)
         rows = len(table.ids)

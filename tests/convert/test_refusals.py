@@ -383,3 +383,50 @@ class TestTrainedModel:
                 with pytest.raises(ValueError, match="trained with no --init-token"):
                     to_huggingface.to_hf(path, data, tmp_path / "refused", source_folder)
                 assert not (tmp_path / "refused").exists()
+
+
+class TestLabels:
+    """Of a classification head, in config.json."""
+
+    def change(self, folder, **options):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, **options}))
+
+    def test_names_of_several_words_stay(self, tmp_path, weights):
+        """As glue.prepare keeps them, so that they can be compared."""
+        folder = source(weights, "bert", tmp_path / "hf")
+        names = {"id2label": {0: "very  good", 1: "bad"}, "label2id": {"very  good": 0, "bad": 1}}
+        self.change(folder, **names)
+        to_fairseq.to_fairseq(folder, tmp_path / "out")
+        assert DataRecord.of_folder(tmp_path / "out").labels == ["very good", "bad"]
+
+    def test_one_name_for_two_classes(self, tmp_path, weights):
+        folder = source(weights, "bert", tmp_path / "hf")
+        self.change(folder, id2label={0: "a b", 1: "a  b"}, label2id={"a b": 0, "a  b": 1})
+        with pytest.raises(ValueError, match="id2label has a name twice, a b, a b"):
+            to_fairseq.to_fairseq(folder, tmp_path / "out")
+
+    def test_several_labels_of_one_sentence(self, tmp_path, weights):
+        folder = source(weights, "bert", tmp_path / "hf")
+        self.change(folder, problem_type="multi_label_classification")
+        with pytest.raises(ValueError, match="multi_label_classification.*--num-classes"):
+            to_fairseq.to_fairseq(folder, tmp_path / "out")
+        to_fairseq.to_fairseq(folder, tmp_path / "out", num_classes=3)
+
+
+@pytest.mark.parametrize("family, name", [("bert", "vocab.txt"), ("roberta", "vocab.json")])
+def test_two_vocabularies_with_other_numbers(tmp_path, weights, family, name):
+    """transformers reads tokenizer.json, older programs the other file."""
+    cls = {"bert": "BertTokenizer", "roberta": "RobertaTokenizer"}[family]
+    folder = source(weights, family, tmp_path / "hf", built(family), cls)
+    to_fairseq.to_fairseq(folder, tmp_path / "same")
+    text = (folder / name).read_text()
+    if family == "bert":
+        changed = text.replace("w7\nw8\n", "w8\nw7\n")
+    else:
+        ids = json.loads(text)
+        ids["A"], ids["B"] = ids["B"], ids["A"]
+        changed = json.dumps(ids)
+    (folder / name).write_text(changed)
+    with pytest.raises(ValueError, match=f"{name}: .* is number .*, in tokenizer.json"):
+        to_fairseq.to_fairseq(folder, tmp_path / "out")

@@ -508,6 +508,41 @@ def test_own_task_that_is_not_right(rows, words, message, tmp_path, gpt2):
         prepare(tmp_path, tmp_path / "out", "MINE", gpt2, *words)
 
 
+NAMED = ("text", "mood")
+
+
+@pytest.mark.parametrize(
+    "rows, columns, message",
+    [
+        ([("text", "text", "mood"), ("a", "b", "x"), ("c", "d", "y")], NAMED, "is named text"),
+        ([NAMED, *LABELS], ("mood", "mood"), "--columns mood mood: a column is named twice"),
+        ([NAMED, *LABELS], ("text,text", "mood"), "a column is named twice"),
+        ([NAMED, ("a", "caf\u00e9"), ("b", "cafe\u0301"), ("c", "x")], NAMED, "look the same"),
+        ([NAMED, ("a", "pos"), ("b", "pos\u200b"), ("c", "x")], NAMED, r"'pos\\u200b' look the s"),
+        ([("\r".join("\t".join(row) for row in LABELS),)], ("1", "2"), "carriage return alone"),
+    ],
+)
+def test_what_is_seldom_meant_is_refused(rows, columns, message, tmp_path, gpt2):
+    write(tmp_path / "MINE" / "train.tsv", *rows)
+    write(tmp_path / "MINE" / "dev.tsv", *rows)
+    with pytest.raises(DataError, match=message):
+        prepare(tmp_path, tmp_path / "out", "MINE", gpt2, "--columns", *columns)
+
+
+def test_labels_of_test_that_are_not_known(tmp_path, gpt2):
+    files = {"train": LABELS, "dev": LABELS, "test": [("new", "?"), ("newer", "?")]}
+    with pytest.raises(DataError, match="test.tsv, line 1: label .* remove the column"):
+        prepare_own(tmp_path, tmp_path / "out", gpt2, **files)
+
+
+def test_sentences_without_text_are_counted(tmp_path, gpt2, capsys):
+    files = {"train": [*LABELS, ("", "bad"), (" ", "bad")], "dev": LABELS}
+    prepare_own(tmp_path, tmp_path / "out", gpt2, **files)
+    output = capsys.readouterr().out
+    assert "train.tsv: 2 rows have a sentence without text, the first in line 5" in output
+    assert "dev.tsv" not in output
+
+
 def prepare_own(glue, out, gpt2, *words, **files):
     """Prepare MINE of numbered columns; return its labels, and the sentences of each split."""
     for file in ("train", "dev", "test"):
