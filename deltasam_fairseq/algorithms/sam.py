@@ -14,6 +14,9 @@ from deltasam_fairseq.algorithms.rounding import StochasticRounding, at_least_fl
 # Elements of half precision that are moved at a time: the float32 values in between are then
 # small beside the weights, and a GPU has few operations to start.
 _PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}
+_FOREACH = hasattr(torch, "_foreach_copy_") and tuple(
+    int(part) for part in torch.__version__.split(".")[:2]
+) >= (2, 4)
 
 
 class Perturbation(NamedTuple):
@@ -41,8 +44,8 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     Returns:
         0-dim float64 tensor on that device; 0 for no tensors. Not read back to the host.
     """
-    if isinstance(tensors, list) and _in_one_kernel(tensors):
-        norms = list(torch._foreach_norm(tensors))
+    if isinstance(tensors, list) and _in_few_kernels(tensors):
+        norms = list(torch._foreach_norm(tensors, 2, torch.float32))
     else:
         norms = [
             torch.linalg.vector_norm(t, dtype=torch.float32 if t.element_size() < 4 else None)
@@ -53,31 +56,50 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
     return torch.stack(norms).double().square().sum().sqrt()
 
 
-def _in_one_kernel(*lists: Sequence[Tensor]) -> bool:
+def _in_few_kernels(*lists: List[Tensor]) -> bool:
     """Whether lists are better taken as a whole than a tensor at a time.
 
     On a GPU, where starting a kernel for each of some hundred tensors takes longer than the
-    kernels do. torch < 2.1 cannot multiply a list by a number that is on the device.
+    kernels do. torch < 2.4 cannot take norms of half precision in float32 this way.
     """
-    kinds = {(t.device, t.dtype, t.layout) for tensors in lists for t in tensors}
-    if len(kinds) != 1 or not hasattr(torch, "_foreach_copy_"):
+    kinds = [{(t.device, t.dtype, t.layout) for t in tensors} for tensors in lists]
+    if any(len(each) != 1 for each in kinds) or not _FOREACH:
         return False
-    ((device, dtype, layout),) = kinds
-    return device.type == "cuda" and dtype == torch.float32 and layout == torch.strided
+    return all(
+        device.type == "cuda" and dtype != torch.float64 and layout == torch.strided
+        for ((device, dtype, layout),) in kinds
+    )
 
 
 def _move_lists_along_(
     out: List[Tensor], weights: List[Tensor], direction: List[Tensor], scale: Tensor
 ) -> None:
-    """`move_along_` of tensors of one kind, without memory beside ``out``.
+    """`move_along_` of lists whose tensors are of one kind each, and weights float32.
 
     Args:
         out: none of ``weights``; may be ``direction``.
+        scale: 0-dim float32.
     """
-    if out is not direction:
-        torch._foreach_copy_(out, direction)
-    torch._foreach_mul_(out, scale)
-    torch._foreach_add_(out, weights)
+    if out[0].dtype == direction[0].dtype == torch.float32:  # without memory beside them
+        if out is not direction:
+            torch._foreach_copy_(out, direction)
+        torch._foreach_mul_(out, scale)
+        torch._foreach_add_(out, weights)
+        return
+    for v, w, d in _groups(out, weights, direction):
+        moved = list(torch._foreach_mul([t.float() for t in d], scale))
+        torch._foreach_add_(moved, w)
+        torch._foreach_copy_(v, moved)
+
+
+def _groups(*lists: List[Tensor]) -> Iterator[Tuple[List[Tensor], ...]]:
+    """Cut lists alike, so that the tensors of a group together have about `_PIECE` elements."""
+    begin, filled = 0, 0
+    for end, tensor in enumerate(lists[0], start=1):
+        filled += tensor.numel()
+        if filled >= _PIECE["cuda"] or end == len(lists[0]):
+            yield tuple(tensors[begin:end] for tensors in lists)
+            begin, filled = end, 0
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
@@ -114,7 +136,7 @@ def move_along_(
         return rounding.move_(out, weights, direction, scale)
     if isinstance(out, list) and isinstance(weights, list) and isinstance(direction, list):
         apart = all(v.data_ptr() != w.data_ptr() for v, w in zip(out, weights) if v.numel())
-        if apart and _in_one_kernel(out, weights, direction):
+        if apart and _in_few_kernels(out, weights, direction) and weights[0].element_size() == 4:
             _move_lists_along_(out, weights, direction, scale.to(torch.float32))
             return torch.ones_like(scale, dtype=torch.float64)
     scales: Dict[Tuple[torch.device, torch.dtype], Tensor] = {}

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
+from deltasam_fairseq.algorithms import copy_lists_
+
 # Writes the other values to the tensors that it is given, one a parameter.
 Writer = Callable[[List[Tensor]], Any]
 
@@ -143,8 +145,8 @@ class OverwrittenWeights:
 
     def restore(self) -> None:
         """Let the parameters have their own values again; does nothing when they do."""
-        for p in self._parameters:
-            p.data.copy_(self._masters[p].data)
+        parameters = self._parameters
+        copy_lists_([p.data for p in parameters], [self._masters[p].data for p in parameters])
         self._parameters = []
 
     def sync_masters(self) -> None:

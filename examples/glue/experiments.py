@@ -102,6 +102,8 @@ def parser() -> argparse.ArgumentParser:
     add("--work", type=Path, required=True, help="folder for data, runs and trainings.md")
     add("--out", type=Path, required=True, help="folder for trainings.json")
     add("--experiment", choices=("glue", *GROUPS, "mrpc"), default="glue")
+    add("--only", nargs="+", metavar="SETTING", help="of text tasks, as TREC-40 (default: all)")
+    add("--lr", nargs="+", type=float, help="to choose from (default: 3e-5 1e-4 3e-4)")
     add("--data", type=Path, help="folder with TREC/ and SST-2/, TSV files (default: KIT/text)")
     add("--model", type=Path, help="MiniLM converted before (default: KIT/minilm is converted)")
     add("--jobs", type=int, default=14, help="runs at a time (default: 14)")
@@ -123,6 +125,8 @@ class Trainings:
         self.folder = args.work / args.experiment
         self.model = args.model.absolute() if args.model else args.work / "minilm" / "model"
         self.grid = {name: v[-2:-1] if self.small else v for name, v in GRID.items()}
+        if args.lr:
+            self.grid["lr"] = tuple(args.lr)
         self.done: Dict[str, Any] = {}
         self.precision = args.precision or "fp32"
 
@@ -218,8 +222,9 @@ class Trainings:
 
     def text(self) -> None:
         """Text tasks with wrong or few labels: search on the held-out part, then five seeds."""
-        groups = GROUPS[self.args.experiment]
-        for group in [groups[0][:1]] if self.small else groups:
+        only, groups = self.args.only, GROUPS[self.args.experiment]
+        wanted = [[one for one in group if not only or one.name in only] for group in groups]
+        for group in [groups[0][:1]] if self.small else filter(None, wanted):
             data = self.folder / "data"
             stages = [self.noisy_data(setting, data / setting.name) for setting in group]
             options = self.options(
@@ -408,6 +413,10 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     args.data = args.data or args.kit / "text"
+    known = [one.name for group in GROUPS.get(args.experiment, ()) for one in group]
+    for name in args.only or ():
+        if name not in known:
+            options.error(f"--only {name}: not of --experiment {args.experiment}; its settings are {known}")
     if args.experiment in GROUPS and not (args.data / "TREC").is_dir():
         options.error(f"--data {args.data}: has no folder TREC; give the one of TREC/ and SST-2/")
     args.work, args.out = args.work.absolute(), args.out.absolute()

@@ -151,9 +151,9 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     path, facts = args.out / "chosen.json", record_of(args, overrides)
     before = earlier(path, facts)
     run_all(glue.preparation(args, args.hold_out), args.cores)
-    adam: Chosen = {task: {} for task in args.tasks}
+    adam: Chosen = {task: {glue.LR: args.lr[0]} if args.lr else {} for task in args.tasks}
     adam_scores: Scores = {task: {} for task in args.tasks}
-    if args.lr:
+    if len(args.lr) > 1:
         rates = {task: [{glue.LR: lr} for lr in args.lr] for task in args.tasks}
         adam, adam_scores = try_out(args, "adam", rates, overrides, gpus)
     rhos = {task: [{**adam[task], RHO: rho} for rho in args.rho] for task in args.tasks}
