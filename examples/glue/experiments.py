@@ -416,7 +416,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     known = [one.name for group in GROUPS.get(args.experiment, ()) for one in group]
     for name in args.only or ():
         if name not in known:
-            options.error(f"--only {name}: not of --experiment {args.experiment}; its settings are {known}")
+            options.error(f"--only {name}: not of {args.experiment}, whose settings are {known}")
     if args.experiment in GROUPS and not (args.data / "TREC").is_dir():
         options.error(f"--data {args.data}: has no folder TREC; give the one of TREC/ and SST-2/")
     args.work, args.out = args.work.absolute(), args.out.absolute()
