@@ -139,21 +139,17 @@ class DataRecord:
         cls,
         data: Union[str, Path],
         tokens: Optional[List[Optional[int]]] = None,
-        dictionaries: Sequence[str] = ("input0/dict.txt", "dict.txt"),
     ) -> "DataRecord":
         """Describe a data folder, made by this project or by fairseq; nothing is known of none.
 
         Args:
             data: the folder.
             tokens: --init-token and --separator-token that will be used with it, if known.
-            dictionaries: where its dict.txt may be; the first that is there counts.
         """
         data = Path(data)
         record = cls(tokens=tokens, origin=f"folder {data}")
-        for path in (data / name for name in dictionaries):
-            if path.is_file():
-                record.words = {"source": Words.of(Dictionary.load(str(path)))}
-                break
+        record._read_words(data / "dict.txt")
+        record._read_words(data / "input0" / "dict.txt")
         names = data / "label" / "dict.txt"
         record.labels = label_names(Dictionary.load(str(names))) if names.is_file() else None
         count = 0
@@ -195,16 +191,16 @@ class DataRecord:
         cfg = state.get("cfg")
         options = _option(cfg, "task") if cfg else state.get("args")
         data = utils.split_paths(str(_option(options, "data") or os.devnull))[0]
-        languages = [_option(options, f"{side}_lang") for side in ("source", "target")]
-        if all(languages):
-            record = cls.of_folder(data, dictionaries=[f"dict.{languages[0]}.txt"])
-            target = cls.of_folder(data, dictionaries=[f"dict.{languages[1]}.txt"])
-            if target.words:
-                record.words["target"] = target.words["source"]
-        else:
-            record = cls.of_folder(data)
+        record = cls.of_folder(data)
+        for side in ("source", "target"):
+            record._read_words(Path(data) / f"dict.{_option(options, f'{side}_lang')}.txt", side)
         record._take_options(options, _option(cfg, "criterion") if cfg else options)
         return record
+
+    def _read_words(self, path: Path, side: str = "source") -> None:
+        """Add the words of a dict.txt, if it is there."""
+        if path.is_file():
+            self.words[side] = Words.of(Dictionary.load(str(path)))
 
     def _take_options(self, *nodes: Any) -> None:
         """Add what the options of a task, and of a criterion, say."""
