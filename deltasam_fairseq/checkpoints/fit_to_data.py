@@ -116,15 +116,12 @@ def _target_differences(trained: DataRecord, data: DataRecord) -> List[Differenc
 
 
 def preparation_differences(trained: DataRecord, data: DataRecord) -> List[Difference]:
-    """Compare what a text goes through before it is data: task, BPE, separators."""
+    """Compare what a text goes through before it is data: BPE, separators."""
     found = []
-    if None not in (trained.task, data.task) and trained.task != data.task:
-        remedy = "give data of the same task"
-        found.append(Difference("preparation", f"on {trained.task}", f"is {data.task}", remedy))
     for name, text in (("encoding", "bpe or dict.txt"), ("separators", "number of separators")):
         some, others = getattr(trained, name), getattr(data, name)
         if None not in (some, others) and some != others:
-            made = f"on data of another {text}", f"was made with {_first(others)}"
+            made = f"on data of another {text}", f"was made with {_made(others, some)}"
             remedy = "prepare it with what the checkpoint's own data was made with"
             found.append(Difference("preparation", *made, remedy))
     return found
@@ -168,8 +165,12 @@ def _swapped(trained: DataRecord, data: DataRecord) -> bool:
     return trained.task == data.task or not all(name.startswith("column ") for name in some)
 
 
-def _first(value: Any) -> Any:
-    return value[0] if isinstance(value, list) else value
+def _made(here: Any, there: Any) -> str:
+    """Say how data was encoded, beside how other data was."""
+    if not isinstance(here, list):
+        return f"{here}, not {there}"
+    some, others = (f"{v[0]} --wordpiece-cased" if v[2] else str(v[0]) for v in (here, there))
+    return f"{some}, not {others}" if some != others else f"{some} and other files"
 
 
 def _count(sentences: Optional[int]) -> str:
@@ -215,7 +216,8 @@ def fit_to_data(
         name: of the checkpoint, for the log and the errors, such as ``--path FILE``.
         head: the classification head that is used; default: the one that was trained.
         rescales: whether scores on another scale may be mapped; else they are refused.
-        same_preparation: whether task, BPE and separators must be the same too.
+        same_preparation: whether task, BPE and separators must be the same too; else the log warns
+            of another BPE or number of separators.
 
     Returns:
         what the checkpoint says of its data, after the mapping.
@@ -229,8 +231,14 @@ def fit_to_data(
             f"{name}: the data that it was trained on is not recorded in it and not here, so its "
             "labels, words and sentences cannot be compared"
         )
-    found = preparation_differences(trained, data) if same_preparation else []
-    found += differences(trained, data)
+    found, prepared = differences(trained, data), preparation_differences(trained, data)
+    if same_preparation:
+        if None not in (trained.task, data.task) and trained.task != data.task:
+            made = f"on {trained.task}", f"is {data.task}"
+            prepared.insert(0, Difference("preparation", *made, "give data of the same task"))
+        found = prepared + found
+    else:
+        _warn_of(prepared, name, trained, "it is used all the same")
     factor = score_factor(trained, data)
     if factor != 1 and not (rescales and _can_rescale(state, trained)):
         some, others = (f"scores divided by {r.scale:g}" for r in (trained, data))
@@ -296,7 +304,7 @@ def fit_start(state: Dict[str, Any], data: DataRecord, name: str, resumes: bool)
     rows = _outputs(state, data.head)
     takes_head = rows is not None and rows == data.classes
     if not takes_head:
-        trained = DataRecord(words=trained.words, origin=trained.origin)
+        trained = DataRecord(trained.words, encoding=trained.encoding, origin=trained.origin)
     elif not trained.known:
         logger.warning(
             f"{name}: the data of its classification head {data.head} is not recorded in it and "
@@ -306,7 +314,8 @@ def fit_start(state: Dict[str, Any], data: DataRecord, name: str, resumes: bool)
     for difference in found:
         if takes_head and difference.kind == "words":
             raise DataMismatchError(f"{name} (by {trained.origin}): {difference}")
-        logger.warning(f"{name} (by {trained.origin}): {difference}; training goes on from it")
+    found_all = preparation_differences(trained, data) + found
+    _warn_of(found_all, name, trained, "training goes on from it")
     if not takes_head or any(difference.kind in ("labels", "targets") for difference in found):
         return
     if resumes and (_reordered(trained, data) or score_factor(trained, data) != 1):
@@ -317,6 +326,11 @@ def fit_start(state: Dict[str, Any], data: DataRecord, name: str, resumes: bool)
         )
     if _can_rescale(state, trained):
         _map_head(state, trained, data, name)
+
+
+def _warn_of(found: Sequence[Difference], name: str, trained: DataRecord, ends: str) -> None:
+    for difference in found:
+        logger.warning(f"{name} (by {trained.origin}): {difference}; {ends}")
 
 
 def _of_head(trained: DataRecord, head: Optional[str]) -> DataRecord:

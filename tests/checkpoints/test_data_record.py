@@ -146,6 +146,17 @@ def test_what_is_right_is_not_refused(trained, data):
     assert not differences(stored(record(**trained)), record(**data))
 
 
+def test_another_case_is_refused_or_warned_of(caplog):
+    """Of the same words, in text that only one of the two was lower-cased in."""
+    some, others = (record(encoding=["wordpiece", {}, cased]) for cased in (False, True))
+    with pytest.raises(DataMismatchError, match="another bpe"):
+        fit_to_data(state_of(some), others, "--path x.pt", same_preparation=True)
+    assert not caplog.text
+    fit_to_data(state_of(some), others, "--distill-teacher x.pt")
+    assert "--distill-teacher x.pt (by its own record): trained on data of anoth" in caplog.text
+    assert "was made with wordpiece --wordpiece-cased, not wordpiece;" in caplog.text
+
+
 def test_rows_are_permuted_in_the_model_and_in_its_average(caplog):
     state = state_of(record(labels=["pos", "neg"]))
     trained = fit_to_data(state, record(labels=["neg", "pos"]), "--path x.pt")
@@ -196,6 +207,7 @@ class TestStart:
             ({"labels": ["a", "b"]}, {"labels": ["0", "1"]}),
             ({"sentences": 1}, {"sentences": 2}),
             ({"tokens": [None, None]}, {"tokens": [0, None]}),
+            ({"encoding": ["wordpiece", {}, False]}, {"encoding": ["wordpiece", {}, True]}),
         ],
     )
     def test_what_training_repairs_is_logged(self, trained, data, caplog):
