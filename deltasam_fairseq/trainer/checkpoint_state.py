@@ -59,16 +59,20 @@ def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None
 
 
 @contextlib.contextmanager
-def fitting_to_data(data: DataRecord, resumes: bool) -> Iterator[None]:
+def fitting_to_data(data: DataRecord, resumes: bool, store_ema: bool) -> Iterator[None]:
     """Let the checkpoint that fairseq loads meanwhile go through `fit_start`, on the rank it reads.
 
-    fairseq gives a trainer no other place between reading a file and loading its weights.
+    fairseq gives a trainer no other place between reading a file and loading its weights. For
+    --store-ema an average that the file does not have begins as its weights; fairseq says that it
+    does so, and ends in KeyError.
     """
     load = checkpoint_utils.load_checkpoint_to_cpu
 
     def load_and_fit(path: str, *args: Any, **kwargs: Any) -> Dict[str, Any]:
         state = load(path, *args, **kwargs)
         fit_start(state, data, path, resumes)
+        if store_ema:
+            state["extra_state"].setdefault("ema", state["model"])
         return state
 
     checkpoint_utils.load_checkpoint_to_cpu = load_and_fit

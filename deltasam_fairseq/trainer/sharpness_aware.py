@@ -307,7 +307,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self, filename: str, reset_optimizer: bool = False, *args: Any, **kwargs: Any
     ) -> Any:
         """fairseq's, and the rest of the state that an exact continuation needs."""
-        with fitting_to_data(self._data_record, resumes=not reset_optimizer):
+        store_ema = self.cfg.ema.store_ema
+        with fitting_to_data(self._data_record, not reset_optimizer, store_ema):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         sam = sharpness_aware(self.optimizer)
         drop_meters_of_ascent(sam is not None, sam is not None and sam.beta > 0)

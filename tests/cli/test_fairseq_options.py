@@ -122,6 +122,20 @@ def test_ema_averages_unperturbed_weights(classification, tmp_path, optimizer):
         torch.testing.assert_close(averages[name], expected, rtol=1e-5, atol=1e-7)
 
 
+def test_ema_begins_at_a_checkpoint_without_it(classification, tmp_path):
+    """Of a model without the head, as --finetune-from-model has it; fairseq ends in KeyError."""
+    head = ("--classification-head-name", "other", "--max-update", "1")
+    start = runs.train(classification, tmp_path / "start", *head)
+    path = str(start.save_dir / "checkpoint_last.pt")
+    options = ["--finetune-from-model", path, "--store-ema", "--lr", "0"]
+    run = runs.train(classification, tmp_path / "run", *options, "--max-update", "1")
+    averages = run.checkpoint["extra_state"]["ema"]
+    assert averages.keys() == run.checkpoint["model"].keys()
+    for name, value in run.checkpoint["model"].items():
+        if not name.endswith(".version"):
+            torch.testing.assert_close(averages[name], value)
+
+
 def test_ema_goes_on_after_a_resume(classification, tmp_path):
     options = ["--optimizer", "delta_sam_adam", "--store-ema", "--ema-decay", "0.75"]
     whole = runs.train(classification, tmp_path / "whole", *options, "--max-update", "5")
