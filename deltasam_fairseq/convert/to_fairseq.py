@@ -13,6 +13,7 @@ from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor
 
+from deltasam_fairseq.checkpoints.data_record import KEY, DataRecord
 from deltasam_fairseq.convert.compare import Side, compare_outputs, compare_tokens, sample_lines
 from deltasam_fairseq.convert.families import (
     ACTIVATIONS,
@@ -294,12 +295,20 @@ def to_fairseq(
         if with_head is not None and num_classes in (None, config.num_labels):
             compare_outputs(side, with_head, model, model.classification_heads[HEAD], encoded)
 
+        record = DataRecord.of_folder(part)
+        if keeps_head:
+            record.head, record.classes = HEAD, config.num_labels
+            if config.num_labels == 1:
+                record.labels, record.regression = None, True
         history = {"criterion_name": "none", "optimizer_name": "none", "lr_scheduler_state": {}}
         checkpoint = {
             "args": args,  # not cfg: a Namespace is read by every version of fairseq
             "model": state,
             "optimizer_history": [{**history, "num_updates": 0}],
-            "extra_state": {"train_iterator": {"epoch": 1, "iterations_in_epoch": 0}},
+            "extra_state": {
+                "train_iterator": {"epoch": 1, "iterations_in_epoch": 0},
+                KEY: record.plain(),
+            },
             "last_optimizer_state": None,
         }
         torch.save(checkpoint, str(part / "model.pt"))

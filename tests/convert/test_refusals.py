@@ -11,6 +11,7 @@ from fairseq.data import Dictionary  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers  # noqa: E402
 
+from deltasam_fairseq.checkpoints import fit_to_data  # noqa: E402
 from deltasam_fairseq.checkpoints.data_record import KEY, DataRecord  # noqa: E402
 from deltasam_fairseq.convert import compare, to_fairseq, to_huggingface, vocabulary  # noqa: E402
 from tests.convert.test_convert import bpe  # noqa: E402
@@ -399,6 +400,19 @@ class TestLabels:
         self.change(folder, **names)
         to_fairseq.to_fairseq(folder, tmp_path / "out")
         assert DataRecord.of_folder(tmp_path / "out").labels == ["very good", "bad"]
+
+    def test_a_folder_that_was_moved_is_known_by_the_checkpoint(self, tmp_path, weights):
+        """So that labels in another order are mapped when training starts from it."""
+        folder = source(weights, "bert", tmp_path / "hf")
+        self.change(folder, id2label={0: "pos", 1: "neg"}, label2id={"pos": 0, "neg": 1})
+        to_fairseq.to_fairseq(folder, tmp_path / "out")
+        (tmp_path / "out").rename(tmp_path / "moved")
+        state = torch.load(tmp_path / "moved" / "model.pt", weights_only=False)
+        before = state["model"]["classification_heads.sentence_classification_head.out_proj.bias"]
+        data = DataRecord(labels=["neg", "pos"], classes=2, head="sentence_classification_head")
+        fit_to_data(state, data, "model.pt")
+        after = state["model"]["classification_heads.sentence_classification_head.out_proj.bias"]
+        torch.testing.assert_close(after, before.flip(0))
 
     def test_one_name_for_two_classes(self, tmp_path, weights):
         folder = source(weights, "bert", tmp_path / "hf")
