@@ -344,9 +344,13 @@ def own_task(
     labels = sorted(set(read_table(train, task).labels))
     numbers: Dict[float, str] = {}
     looks: Dict[str, str] = {}
+    folded: Dict[str, str] = {}
     for label in labels:
         if not label or label in FAIRSEQ_SYMBOLS:
             raise DataError(f"{train}: a label is {label!r}, which fairseq cannot keep; rename it")
+        same = folded.setdefault(label.casefold(), label)
+        if same != label:
+            print(f"{train}: labels {same!r} and {label!r} differ in case: they are two classes")
         same = looks.setdefault(_visible(label), label)
         if same != label:
             raise DataError(

@@ -529,6 +529,13 @@ def test_what_is_seldom_meant_is_refused(rows, columns, message, tmp_path, gpt2)
         prepare(tmp_path, tmp_path / "out", "MINE", gpt2, "--columns", *columns)
 
 
+def test_labels_that_differ_in_case_are_named(tmp_path, gpt2, capsys):
+    rows = [("a", "Pos"), ("b", "pos"), ("c", "neg")]
+    labels, _ = prepare_own(tmp_path, tmp_path / "out", gpt2, train=rows, dev=rows[::-1])
+    assert labels == ["Pos", "neg", "pos"]
+    assert "labels 'Pos' and 'pos' differ in case: they are two" in capsys.readouterr().out
+
+
 def test_labels_of_test_that_are_not_known(tmp_path, gpt2):
     files = {"train": LABELS, "dev": LABELS, "test": [("new", "?"), ("newer", "?")]}
     with pytest.raises(DataError, match="test.tsv, line 1: label .* remove the column"):
