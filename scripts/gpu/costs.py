@@ -169,16 +169,16 @@ def parts(args: argparse.Namespace) -> List[Part]:
         ]
     return [
         comparison("base", 16, 128, "fp32", 16, *PEERS),
-        rounding("fp16", 20, "base", "large"),
         comparison("base", 16, 128, "fp16", 12, *STEPS),
-        rounding("bf16", 20, "base", "large"),
+        comparison("large", 32, 128, "bf16", 15),
         comparison("base", 16, 128, "bf16", 9),
+        rounding("fp16", 20, "base", "large"),
         comparison("large", 16, 128, "fp16", 14),
         comparison("large", 16, 128, "bf16", 14),
+        comparison("large", 32, 128, "fp16", 15),
         comparison("base", 32, 128, "fp16", 9),
         comparison("base", 32, 128, "bf16", 9),
-        comparison("large", 32, 128, "fp16", 15),
-        comparison("large", 32, 128, "bf16", 15),
+        rounding("bf16", 20, "base", "large"),
     ]
 
 

@@ -3,46 +3,15 @@
 import json
 
 import pytest
-import torch
 
 from examples.glue import experiments, noisy_data
+from tests.helpers.kit import write_kit
 from tests.helpers.processes import run_module
-
-REASON = "MiniLM is converted by transformers; pip install transformers"
-transformers = pytest.importorskip("transformers", reason=REASON)
-WORDS = "a b c d e f g h".split()
 
 
 @pytest.fixture(scope="module")
 def kit(tmp_path_factory):
-    """What the machine gets: a model of MiniLM's size with another vocabulary, RTE, and TREC."""
-    folder = tmp_path_factory.mktemp("kit")
-    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    torch.manual_seed(1)
-    config = transformers.BertConfig(
-        vocab_size=len(tokens),
-        hidden_size=384,
-        num_hidden_layers=6,
-        num_attention_heads=12,
-        intermediate_size=1536,
-        max_position_embeddings=512,
-    )
-    transformers.BertModel(config).save_pretrained(folder / "minilm")
-    (folder / "minilm" / "vocab.txt").write_text("\n".join(tokens) + "\n")
-    rows = [(WORDS[i % 8], WORDS[i % 5], i % 2) for i in range(60)]
-    pairs = "".join(
-        f"{i}\t{a}\t{b}\t{['entailment', 'not_entailment'][y]}\n"
-        for i, (a, b, y) in enumerate(rows)
-    )
-    texts = "".join(f"{a} {b}\tc{y}\n" for a, b, y in rows)
-    for file in ("train.tsv", "dev.tsv"):
-        for task, head, lines in (
-            ("glue/RTE", "index\tsentence1\tsentence2\tlabel", pairs),
-            ("text/TREC", "sentence\tlabel", texts),
-        ):
-            (folder / task).mkdir(parents=True, exist_ok=True)
-            (folder / task / file).write_text(f"{head}\n{lines}")
-    return folder
+    return write_kit(tmp_path_factory.mktemp("kit"))
 
 
 def make(kit, tmp_path, *more, seconds=100, work=None):
@@ -52,20 +21,6 @@ def make(kit, tmp_path, *more, seconds=100, work=None):
     result = run_module("examples.glue.experiments", argv, tmp_path / "said")
     record = json.loads((tmp_path / "out" / "trainings.json").read_text())
     return result, record, (work / "trainings.md").read_text()
-
-
-def test_glue(kit, tmp_path):
-    result, record, page = make(kit, tmp_path)
-    assert result.returncode == 0, result.stdout
-    assert [(run["method"], run["state"]) for run in record["runs"]] == [
-        ("adam", "complete"),
-        ("delta_sam", "complete"),
-    ]
-    for run in record["runs"]:
-        (epoch,) = run["epochs"]
-        assert epoch["train_num_updates"] == 2 and epoch["valid_accuracy"] == run["last"]
-        assert run["seconds"] > 0
-    assert "2 runs of MiniLM complete" in page and "| delta_sam " in page
 
 
 def test_wrong_labels(kit, tmp_path):

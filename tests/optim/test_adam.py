@@ -40,9 +40,7 @@ def test_foreach_is_fairseqs_step(device, monkeypatch):
     """On a CPU bit for bit, in chunks of any size."""
     for chunk in (1, 4, 1 << 25):
         monkeypatch.setattr(adam, "CHUNK", chunk)
-        for a, b in zip(
-            run(Adam, device)[0], run(MultiTensorAdam, device)[0]
-        ):
+        for a, b in zip(run(Adam, device)[0], run(MultiTensorAdam, device)[0]):
             exact = {"rtol": 0, "atol": 0} if device == "cpu" else {}
             torch.testing.assert_close(a, b, **exact)
 

@@ -1,6 +1,7 @@
 """The first run on a GPU: parts that fail, hang or are cut leave the others and their findings."""
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,7 +13,8 @@ import torch
 from scripts.gpu import __main__ as first_run
 from scripts.gpu import smoke
 from scripts.gpu import tests as gpu_tests
-from tests.helpers.processes import PATH, run_module
+from tests.helpers.kit import write_kit
+from tests.helpers.processes import PATH
 
 
 def start(tmp_path, monkeypatch, scripts, minutes="0.5", capsys=None):
@@ -86,16 +88,81 @@ def test_wrong_options_are_refused(tmp_path, words, capsys):
     assert words[0] in capsys.readouterr().err
 
 
-def test_smoke_is_well_on_a_cpu(tmp_path):
-    argv = ["--device", "cpu", "--seconds", "10", "--kit", tmp_path]
-    argv += ["--work", tmp_path / "work", "--out", tmp_path / "out"]
-    result = run_module("scripts.gpu.smoke", argv, tmp_path)
-    assert result.returncode == 0, result.stdout
-    found = json.loads((tmp_path / "out" / "smoke.json").read_text())
+@pytest.fixture(scope="module")
+def dry_run(tmp_path_factory):
+    """All parts on the smallest shapes: what the program printed, and the folder of its findings.
+
+    Nothing is compiled, which alone takes long on a CPU.
+    """
+    folder = tmp_path_factory.mktemp("dry_run")
+    kit = write_kit(folder / "kit")
+    out = {"OUT": str(folder / "out"), "KIT": str(kit), "PYTHON": sys.executable}
+    env = {**os.environ, **out, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
+    words = ["bash", f"{PATH}/scripts/gpu/first_run.sh", "--device", "cpu", "--minutes", "6"]
+    done = subprocess.run(words, capture_output=True, text=True, env=env, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout, folder / "out"
+
+
+def test_dry_run(dry_run):
+    said, out = dry_run
+    names = sorted(path.name for path in out.iterdir())
+    parts = list(first_run.PARTS)
+    assert names == sorted(["first_run.md", "output.log", *(f"{part}.json" for part in parts)])
+    text = (out / "first_run.md").read_text()
+    for part in parts:
+        assert f"# Part {part}: done" in text and f"{part}: done" in said
+
+
+def test_dry_run_of_smoke(dry_run):
+    found = json.loads((dry_run[1] / "smoke.json").read_text())
     first = [(r["optimizer"], r["precision"]) for r in found["results"][:3]]
     assert first == [(name, "fp32") for name in ("adam", "sam_adam", "delta_sam_adam")]
     assert not any(r["faults"] for r in found["results"])
-    assert "are well" in (tmp_path / "work" / "smoke.md").read_text()
+
+
+def test_dry_run_of_the_tests(dry_run):
+    """Without a GPU all are skipped; each is recorded."""
+    found = json.loads((dry_run[1] / "tests.json").read_text())
+    assert found["tests"] and not found["collection_errors"]
+    assert {t["outcome"] for t in found["tests"].values()} <= {"skipped", "passed"}
+
+
+def test_dry_run_of_the_costs(dry_run):
+    """All methods, both precisions, the rounding; both files say the same."""
+    record = json.loads((dry_run[1] / "costs.json").read_text())
+    text = (dry_run[1] / "first_run.md").read_text()
+    parts = record["parts"]
+    assert not any(part["why"] for part in parts.values())
+    full, rounding, half = (part["measured"] for part in parts.values())
+    assert {"Adam", "SAM", "delta-SAM", "SAM, torch loop"} <= set(full["rows"])
+    assert set(half["rows"]) == {"Adam", "SAM", "delta-SAM"} == set(half["base_steps"])
+    assert "SAM, davda54" in full["unavailable"] and "SAM, davda54 (--davda54" in text
+    assert [row["ratio"] for row in full["bars"]] == ["SAM / Adam", "delta-SAM / SAM"]
+    assert [row["bar"] for row in full["bars"]] == [2.05, 1.17]
+    assert [row["bar"] for row in half["bars"]] == [2.05, pytest.approx(8 / 6)]
+    (row,) = rounding["rows"]
+    assert row["weights"] > 5e6 and row["differ"] == 0 and 0.001 < row["moved"] < 1
+    assert set(row["seconds"]) == {"operations", "compiled"}
+    assert "## Costs of an update" in text
+    for part in ("### Bars", "### Stochastic rounding", "### RoBERTa small, cpu, bf16", "| phase"):
+        assert part in text
+    for name in ("Adam", "SAM", "delta-SAM"):
+        assert f"| {name} " in text and full["memory"][name] > 0
+
+
+def test_dry_run_of_the_trainings(dry_run):
+    record = json.loads((dry_run[1] / "trainings.json").read_text())
+    assert [(run["method"], run["state"]) for run in record["runs"]] == [
+        ("adam", "complete"),
+        ("delta_sam", "complete"),
+    ]
+    for run in record["runs"]:
+        (epoch,) = run["epochs"]
+        assert epoch["train_num_updates"] == 2 and epoch["valid_accuracy"] == run["last"]
+        assert run["seconds"] > 0
+    text = (dry_run[1] / "first_run.md").read_text()
+    assert "2 runs of MiniLM complete" in text and "| delta_sam " in text
 
 
 def test_smoke_sees_weights_that_are_not_restored(monkeypatch):
@@ -108,17 +175,6 @@ def test_smoke_sees_weights_that_are_not_restored(monkeypatch):
     own = smoke.log_of_update
     monkeypatch.setattr(smoke, "log_of_update", update)
     assert smoke.faults("sam_adam", "fp32", "cpu") == ["weights changed at a learning rate of 0"]
-
-
-def test_cuda_tests_are_recorded_one_by_one(tmp_path):
-    argv = ["--device", "cpu", "--seconds", "100", "--kit", tmp_path]
-    argv += ["--work", tmp_path / "work", "--out", tmp_path / "out"]
-    result = run_module("scripts.gpu.tests", argv, tmp_path, cwd=PATH)
-    assert result.returncode == 0, result.stdout
-    found = json.loads((tmp_path / "out" / "tests.json").read_text())
-    assert found["tests"] and not found["collection_errors"]
-    assert {t["outcome"] for t in found["tests"].values()} <= {"skipped", "passed"}
-    assert "| outcome" in (tmp_path / "work" / "tests.md").read_text()
 
 
 def test_figures_that_a_test_prints_are_kept(tmp_path):

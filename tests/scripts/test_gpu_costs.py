@@ -4,9 +4,6 @@ import functools
 import json
 import logging
 import multiprocessing
-import os
-import subprocess
-import sys
 import time
 import types
 
@@ -40,40 +37,6 @@ def command(folder, seconds):
 def files(folder):
     record = json.loads((folder / "out/costs.json").read_text())
     return record, (folder / "work/costs.md").read_text()
-
-
-@pytest.fixture(scope="module")
-def dry_run(tmp_path_factory):
-    """The same code path as on a GPU; nothing is compiled, which alone takes long on a CPU."""
-    folder = tmp_path_factory.mktemp("dry_run")
-    env = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "OMP_NUM_THREADS": "1"}
-    words = [sys.executable, "-m", "scripts.gpu.costs", *command(folder, 300)]
-    done = subprocess.run(words, capture_output=True, text=True, env=env)
-    assert done.returncode == 0, done.stderr
-    return files(folder)
-
-
-def test_dry_run(dry_run):
-    """All methods, both precisions, the rounding; both files say the same."""
-    record, text = dry_run
-    parts = record["parts"]
-    assert not any(part["why"] for part in parts.values())
-    full, rounding, half = (part["measured"] for part in parts.values())
-    assert {"Adam", "SAM", "delta-SAM", "SAM, torch loop"} <= set(full["rows"])
-    assert set(half["rows"]) == {"Adam", "SAM", "delta-SAM"} == set(half["base_steps"])
-    assert "SAM, davda54" in full["unavailable"] and "SAM, davda54 (--davda54" in text
-    assert [row["ratio"] for row in full["bars"]] == ["SAM / Adam", "delta-SAM / SAM"]
-    assert [row["bar"] for row in full["bars"]] == [2.05, 1.17]
-    assert [row["bar"] for row in half["bars"]] == [2.05, pytest.approx(8 / 6)]
-    (row,) = rounding["rows"]
-    assert row["weights"] > 5e6 and row["differ"] == 0 and 0.001 < row["moved"] < 1
-    assert set(row["seconds"]) == {"operations", "compiled"}
-    headings = [line for line in text.splitlines() if line.startswith("#")]
-    assert headings[0] == "## Costs of an update" and all(h.startswith("##") for h in headings)
-    for part in ("### Bars", "### Stochastic rounding", "### RoBERTa small, cpu, bf16", "| phase"):
-        assert part in text
-    for name in ("Adam", "SAM", "delta-SAM"):
-        assert f"| {name} " in text and full["memory"][name] > 0
 
 
 def test_a_kill_leaves_what_was_measured(tmp_path, monkeypatch):
