@@ -530,7 +530,7 @@ def test_what_is_seldom_meant_is_refused(rows, columns, message, tmp_path, gpt2)
 
 
 def test_labels_that_differ_in_case_are_named(tmp_path, gpt2, capsys):
-    rows = [("a", "Pos"), ("b", "pos"), ("c", "neg")]
+    rows = [("a", "pos"), ("b", "Pos"), ("c", "neg"), ("d", "pos")]
     labels, _ = prepare_own(tmp_path, tmp_path / "out", gpt2, train=rows, dev=rows[::-1])
     assert labels == ["Pos", "neg", "pos"]
     assert "labels 'Pos' and 'pos' differ in case: they are two" in capsys.readouterr().out
