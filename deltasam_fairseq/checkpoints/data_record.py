@@ -136,9 +136,7 @@ class DataRecord:
 
     @classmethod
     def of_folder(
-        cls,
-        data: Union[str, Path],
-        tokens: Optional[List[Optional[int]]] = None,
+        cls, data: Union[str, Path], tokens: Optional[List[Optional[int]]] = None
     ) -> "DataRecord":
         """Describe a data folder, made by this project or by fairseq; nothing is known of none.
 

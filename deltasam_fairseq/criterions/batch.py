@@ -121,11 +121,7 @@ class Batch:
     # Backward passes of the criterion's own
 
     def gradient(
-        self,
-        losses: Tensor,
-        delta: Tensor,
-        others: Sequence[Tensor] = (),
-        keep_graph: bool = False,
+        self, losses: Tensor, delta: Tensor, others: Sequence[Tensor] = (), keep_graph: bool = False
     ) -> Tuple[Tensor, ...]:
         """Gradients of the sum of losses, times the loss scale.
 

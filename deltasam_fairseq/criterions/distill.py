@@ -16,12 +16,7 @@ from fairseq.file_io import PathManager
 from fairseq.logging import metrics
 from torch import Tensor, nn
 
-from deltasam_fairseq.criterions.base import (
-    RegularisedLosses,
-    Regulariser,
-    Weights,
-    plain_losses,
-)
+from deltasam_fairseq.criterions.base import RegularisedLosses, Regulariser, Weights, plain_losses
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.sentence import SentenceConfig, SentenceCriterion
 from deltasam_fairseq.criterions.seq2seq import Seq2SeqConfig, Seq2SeqCriterion

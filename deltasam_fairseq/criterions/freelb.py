@@ -62,8 +62,7 @@ class FreeLBConfig(SentenceConfig):
         at_least=0,
     )
     adv_norm: NORMS = field(  # type: ignore[valid-type]
-        default="l2",
-        metadata={"help": "norm of a sentence's perturbation, l2 or linf. Paper: l2"},
+        default="l2", metadata={"help": "norm of a sentence's perturbation, l2 or linf. Paper: l2"}
     )
 
 

@@ -68,8 +68,7 @@ def prediction_parser(module: str, description: str, items: str) -> argparse.Arg
 
 
 def load_and_check(
-    args: argparse.Namespace,
-    check: Callable[[Path, Any], None] = lambda path, cfg: None,
+    args: argparse.Namespace, check: Callable[[Path, Any], None] = lambda path, cfg: None
 ) -> List[Loaded]:
     """Load the checkpoints of ``--path`` to predict the data of ``--data``.
 

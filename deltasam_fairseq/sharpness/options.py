@@ -105,11 +105,7 @@ def get_parser() -> argparse.ArgumentParser:
         help="points on each line (default: 21), a forward pass each a batch",
     )
     add(
-        "--plot-directions",
-        type=int,
-        default=5,
-        metavar="K",
-        help="random directions (default: 5)",
+        "--plot-directions", type=int, default=5, metavar="K", help="random directions (default: 5)"
     )
     add("--log-format", choices=["json", "none", "simple", "tqdm"], help="of the progress")
     add("--log-interval", type=int, default=10, metavar="N", help="batches between two lines")

@@ -15,11 +15,7 @@ from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.plain import NoRegulariser
 from deltasam_fairseq.options import option
 from deltasam_fairseq.squad.metrics import score_answer
-from deltasam_fairseq.squad.predictions import (
-    WindowPrediction,
-    Windows,
-    log_answers,
-)
+from deltasam_fairseq.squad.predictions import WindowPrediction, Windows, log_answers
 from deltasam_fairseq.squad.span_loss import Span
 from deltasam_fairseq.squad.spans import Spans, best_spans, context_mask
 
@@ -60,10 +56,7 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
         length = sample["net_input"]["src_tokens"].size(1)
         allowed = context_mask(sample["window"], length)
         allowed[:, 0] = True
-        model_kwargs = {
-            "features_only": True,
-            "classification_head_name": self.task.head_name,
-        }
+        model_kwargs = {"features_only": True, "classification_head_name": self.task.head_name}
         return Batch(model, sample, Span(targets, allowed), model_kwargs, loss_scale)
 
     def logging_output(

@@ -23,11 +23,7 @@ import torch
 from fairseq import utils
 
 from deltasam_fairseq.data.files import DataError, atomic_write
-from deltasam_fairseq.data.programs import (
-    load_and_check,
-    prediction_parser,
-    run_program,
-)
+from deltasam_fairseq.data.programs import load_and_check, prediction_parser, run_program
 from deltasam_fairseq.options import ranged
 from deltasam_fairseq.squad.metrics import score_answer
 from deltasam_fairseq.squad.questions import TASK, read_span_record

@@ -75,12 +75,7 @@ class Layout(NamedTuple):
     separators: int
 
     def windows(
-        self,
-        question: np.ndarray,
-        context: np.ndarray,
-        answer: Optional[Range],
-        bos: int,
-        eos: int,
+        self, question: np.ndarray, context: np.ndarray, answer: Optional[Range], bos: int, eos: int
     ) -> List[Window]:
         """Return the windows of a question.
 
