@@ -304,7 +304,8 @@ def fit_start(state: Dict[str, Any], data: DataRecord, name: str, resumes: bool)
     rows = _outputs(state, data.head)
     takes_head = rows is not None and rows == data.classes
     if not takes_head:
-        trained = DataRecord(trained.words, encoding=trained.encoding, origin=trained.origin)
+        of_body = ("words", "encoding", "separators", "origin")
+        trained = DataRecord(**{name: getattr(trained, name) for name in of_body})
     elif not trained.known:
         logger.warning(
             f"{name}: the data of its classification head {data.head} is not recorded in it and "

@@ -224,6 +224,18 @@ class TestStart:
         fit_start(state, record(words=others, classes=3), "x.pt", resumes=False)
         assert "a b c" in caplog.text
 
+    @pytest.mark.parametrize(
+        "trained, data",
+        [
+            ({"encoding": ["gpt2", {"a": "1"}, False]}, {"encoding": ["gpt2", {"a": "2"}, False]}),
+            ({"separators": 1}, {"separators": 2}),
+        ],
+    )
+    def test_how_the_text_of_a_body_was_prepared(self, trained, data, caplog):
+        state = state_of(record(**trained))
+        fit_start(state, record(**data, classes=3), "x.pt", resumes=False)
+        assert "data of another" in caplog.text and "training goes on" in caplog.text
+
     def test_nothing_is_said_of_a_body_without_record(self, caplog):
         state = {"cfg": {}, "model": {}, "extra_state": {}}
         fit_start(state, record(labels=["a", "b"]), "x.pt", resumes=False)
