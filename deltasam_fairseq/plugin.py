@@ -10,6 +10,7 @@ from deltasam_fairseq import bpe, checkpoints, command_line, models, squad  # no
 from deltasam_fairseq.config_checks import check_config, warn_about_dropped_sentences
 from deltasam_fairseq.fairseq_patches import (
     classification_heads,
+    data_threads,
     distributed,
     fault_tolerance,
     fp16_on_cpu,
@@ -60,6 +61,7 @@ def install() -> None:
         checkpoints,
         command_line,
         classification_heads,
+        data_threads,
         distributed,
         fault_tolerance,
         fp16_on_cpu,

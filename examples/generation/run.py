@@ -118,7 +118,7 @@ def method_stages(
         *(PYTHON, "-m", "fairseq_cli.train", data, "--user-dir", USER_DIR, *TASK, *TRAINING),
         *("--max-update", args.updates, "--seed", seed, *method.flags),
         *(word.format(**numbers) for word in method.schedule),
-        # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+        # No thread that reads ahead: the cores are for the runs, and collating is short.
         *("--num-workers", 0, "--data-buffer-size", 0, "--save-dir", "{out}"),
         *("--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log", *extra),
     ]

@@ -404,7 +404,7 @@ def training(
         "common.log_file='{out}/train.log'",
         "hydra.run.dir='{out}/hydra'",
         "distributed_training.distributed_world_size=1",
-        # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+        # No thread that reads ahead: the cores are for the runs, and collating is short.
         "dataset.data_buffer_size=0",
         *args.sizes[task],
         *overrides,

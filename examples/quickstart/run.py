@@ -119,7 +119,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
 
 def train(*arguments: object) -> List[str]:
     """Return a fairseq-train command that logs JSON and saves in the stage's folder."""
-    # No thread that reads ahead: Python 3.11 may abort at exit if one is still running.
+    # No thread that reads ahead: the cores are for the runs, and collating is short.
     common = ["--num-workers", 0, "--data-buffer-size", 0, "--save-dir", "{out}"]
     logging = ["--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log"]
     return [*FAIRSEQ_TRAIN, *map(str, (*arguments, *common, *logging))]
