@@ -6,10 +6,11 @@
 
 A share of train.tsv's rows, always the same ones, is held out to validate with (--hold-out); the
 rest is trained on.  With --lr, first Adam with every learning rate, and its best one for all
-methods.  Then SAM with every rho; then delta-SAM with every beta, at the rho that was
-the best of SAM's.  The best is that with the highest mean over --seeds of the task's own metric; of
-equal ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips
-what is done and goes on with what was cut; other tasks are added to the same ``chosen.json``.
+methods.  Then SAM with every rho; then delta-SAM with every beta, at the rho that was the best of
+SAM's.  The best is that with the highest mean over --seeds of the task's own metric, at a run's
+best epoch or at its last (--by); of equal ones the first.  ``chosen.json`` has what was chosen and
+every score.  The same command skips what is done and goes on with what was cut; other tasks are
+added to the same ``chosen.json``.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
     add("--rho", nargs="+", type=float, default=[0.01, 0.02, 0.05], help="to try, above 0")
     add("--beta", nargs="+", type=float, default=[3, 5, 10, 20, 50, 70], help="to try, above 0")
+    add(
+        "--by",
+        choices=("best", "last"),
+        default="best",
+        help="epoch whose score counts: last, where training is to run to its end (default: best)",
+    )
     add("--hold-out", type=float, default=0.2, help="share of train.tsv (default: 0.2)")
     options.set_defaults(seeds=[1], keep="none", data=None)
     return options
@@ -107,7 +114,7 @@ def try_out(
         _, runs = read_task(args.out / task, names)
         scores[task] = {}
         for name in names:
-            found = [r.best for r in runs if r.method == name and r.seed in args.seeds]
+            found = [getattr(r, args.by) for r in runs if r.method == name and r.seed in args.seeds]
             scores[task][name] = sum(found) / len(found)
             if math.isnan(scores[task][name]):
                 raise StageError(f"{task} {name}: no score; see its logs in {args.out / task}")
@@ -122,8 +129,8 @@ def record_of(args: argparse.Namespace, overrides: List[str]) -> Dict[str, Any]:
         "backbone": args.backbone,
         "recipe": args.recipe,
         "checkpoint": str(args.checkpoint),
-        "hold_out": args.hold_out,
-        "seeds": args.seeds,
+        **{key: getattr(args, key) for key in ("hold_out", "seeds", "by", "epochs", "batch_size")},
+        **{key: getattr(args, key) for key in ("train_rows", "label_noise", "noise_seed")},
         "overrides": overrides,
     }
 

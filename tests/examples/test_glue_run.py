@@ -326,7 +326,12 @@ class TestSearch:
         assert scores[f"sam-rho{rho:g}"] == max(v for k, v in scores.items() if k[:3] == "sam")
         chosen = scores[f"delta_sam-rho{rho:g}-beta{beta:g}"]
         assert chosen == max(v for k, v in scores.items() if k.startswith("delta_sam"))
-        assert search(raw, tmp_path, *more).count("already there") == 5
+        (tmp_path / "chosen.json").unlink()
+        assert search(raw, tmp_path, "--by", "last", *more).count("already there") == 5
+        last = json.loads((tmp_path / "chosen.json").read_text())["scores"]["CoLA"]
+        for name in scores:
+            log = (tmp_path / "CoLA" / f"{name}-seed1" / "train.log").read_text()
+            assert last[name] == float(re.findall(r'"valid_mcc": "([-\d.]+)"', log)[-1])
         kept = {**record, "chosen": {"RTE": {"sam_rho": 1}}, "scores": {"RTE": {}}}
         (tmp_path / "chosen.json").write_text(json.dumps(kept))
         search(raw, tmp_path, *more)  # of another task: what was chosen before stays
