@@ -15,6 +15,7 @@ from deltasam_fairseq.fairseq_patches import (
     fault_tolerance,
     fp16_on_cpu,
     fused_layers,
+    log_file,
     removed_numpy_names,
 )
 from deltasam_fairseq.fairseq_patches.patching import patch
@@ -66,6 +67,7 @@ def install() -> None:
         fault_tolerance,
         fp16_on_cpu,
         fused_layers,
+        log_file,
         removed_numpy_names,
     ):
         part.install()
