@@ -154,11 +154,11 @@ class DataRecord:
         while any((data / f"input{count}").glob("*.idx")):
             count += 1
         record.sentences = count or None
-        made = _read_json(data / "task.json")
+        made = read_json(data / "task.json")
         record.task, record.columns = made.get("task"), made.get("columns")
         record.separators = made.get("separators")
         if made:
-            record.encoding = _encoding(made.get("bpe") or {})
+            record.encoding = encoding_facts(made.get("bpe") or {})
         if "scale" in made:
             record.scale, record.regression = made["scale"], made["scale"] is not None
         if record.regression:
@@ -247,7 +247,8 @@ def _option(node: Any, name: str) -> Any:
     return None
 
 
-def _read_json(path: Path) -> Dict[str, Any]:
+def read_json(path: Path) -> Dict[str, Any]:
+    """Return a JSON file; empty if it is missing, broken or no object."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -255,7 +256,7 @@ def _read_json(path: Path) -> Dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _encoding(bpe: Dict[str, Any]) -> List[Any]:
+def encoding_facts(bpe: Dict[str, Any]) -> List[Any]:
     """What task.json says of a BPE, without where its files are."""
     cased = bool(bpe.get("options", {}).get("wordpiece_cased", False))
     return [bpe.get("name"), bpe.get("sha256"), cased]

@@ -105,11 +105,8 @@ class Distill(Regulariser):
                 "--criterion distill: the teacher is loaded by this plugin's trainer, which is not "
                 "in place; run fairseq-train with --user-dir deltasam_fairseq"
             )
-        teacher_scores, scores, objective = (
-            self.teacher.scores(batch),
-            batch.scores(),
-            batch.objective,
-        )
+        objective = batch.objective
+        teacher_scores, scores = self.teacher.scores(batch), batch.scores()
         hard = objective.losses(scores)
         soft = objective.distillation_losses(teacher_scores, scores, self.temperature)
         terms = {

@@ -9,14 +9,12 @@ from fairseq.dataclass import FairseqDataclass
 from fairseq.logging import metrics
 from torch import nn
 
+from deltasam_fairseq.checkpoints.data_record import label_names
 from deltasam_fairseq.criterions.base import RegularisedCriterion, RegularisedLosses
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.glue_metrics import REPORTS, class_ranks, log_reports
 from deltasam_fairseq.criterions.task_losses import Classification, Regression
 from deltasam_fairseq.options import require
-
-# What fairseq adds to a dictionary of labels.
-_NO_LABELS = ("<mask>", "madeupword")
 
 
 @dataclass
@@ -50,7 +48,7 @@ def check_number_of_classes(labels: Any, classes: int) -> None:
     Raises:
         UsageError: naming both numbers, the labels, and the remedy.
     """
-    known = [s for s in labels.symbols[labels.nspecial :] if not s.startswith(_NO_LABELS)]
+    known = label_names(labels)
     require(
         classes >= len(known),
         "num-classes",

@@ -5,7 +5,7 @@ the functions take are what is computed once from a model's output: log-probabil
 predicted numbers.
 """
 
-from typing import Protocol, Tuple, runtime_checkable
+from typing import Protocol, Tuple
 
 import torch.nn.functional as F
 from fairseq.criterions.label_smoothed_cross_entropy import label_smoothed_nll_loss
@@ -49,15 +49,35 @@ class Objective(Protocol):
         """Return the distillation loss of every sentence, shape (B,)."""
 
 
-@runtime_checkable
-class ClassObjective(Objective, Protocol):
-    """The same where what is predicted is right or wrong."""
+class ClassObjective:
+    """Base of those whose predictions are classes, right or wrong; an `Objective`."""
+
+    def per_sentence(self, values: Tensor) -> Tensor:
+        """Reduce figures of single predictions to one of every sentence, shape (B,)."""
+        raise NotImplementedError
 
     def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Return how many predictions of every sentence are right, shape (B,)."""
+        raise NotImplementedError
+
+    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Symmetric KL of every sentence, the sum of both directions, shape (B,)."""
+        return self.per_sentence(symmetric_kl(some, others))
+
+    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """Mean of both directions, shape (B,)."""
+        return 0.5 * self.divergence(some, others)
+
+    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
+        """``KL(some || others)`` of every sentence, shape (B,)."""
+        return self.per_sentence(kl(some, others))
+
+    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
+        """``T^2 KL(teacher_T || scores_T)`` of every sentence, shape (B,)."""
+        return self.per_sentence(softened_kl(teacher, scores, temperature))
 
 
-class Classification:
+class Classification(ClassObjective):
     """Cross-entropy of classes.
 
     Args:
@@ -75,21 +95,9 @@ class Classification:
         """Cross-entropy of every sentence, shape (B,), in nats."""
         return F.nll_loss(scores, self.targets, reduction="none")
 
-    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Symmetric KL of every sentence, the sum of both directions, shape (B,)."""
-        return symmetric_kl(some, others)
-
-    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Mean of both directions, shape (B,)."""
-        return 0.5 * symmetric_kl(some, others)
-
-    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """``KL(some || others)`` of every sentence, shape (B,)."""
-        return kl(some, others)
-
-    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
-        """``T^2 KL(teacher_T || scores_T)`` of every sentence, shape (B,)."""
-        return softened_kl(teacher, scores, temperature)
+    def per_sentence(self, values: Tensor) -> Tensor:
+        """The same figures: a sentence has one prediction."""
+        return values
 
     def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Whether two class numbers are equal, 0 or 1, shape (B,)."""
@@ -126,7 +134,7 @@ class Regression:
         return self.divergence(teacher, scores)
 
 
-class LabelSmoothedTokens:
+class LabelSmoothedTokens(ClassObjective):
     """Label-smoothed cross-entropy of target tokens.
 
     Everything is summed over a sentence's target tokens, in float64; padding adds nothing. Divided
@@ -163,22 +171,9 @@ class LabelSmoothedTokens:
         """Label-smoothed cross-entropy of every sentence, shape (B,), in nats."""
         return self.losses_and_nll(scores)[0]
 
-    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Symmetric KL, the sum of both directions and over tokens, shape (B,)."""
-        return sum_tokens(symmetric_kl(some, others).masked_fill(self.padding, 0.0))
-
-    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Mean of both directions, summed over tokens, shape (B,)."""
-        return 0.5 * self.divergence(some, others)
-
-    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """``KL(some || others)``, summed over tokens, shape (B,)."""
-        return sum_tokens(kl(some, others).masked_fill(self.padding, 0.0))
-
-    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
-        """``T^2 KL(teacher_T || scores_T)``, summed over tokens, shape (B,)."""
-        divergences = softened_kl(teacher, scores, temperature)
-        return sum_tokens(divergences.masked_fill(self.padding, 0.0))
+    def per_sentence(self, values: Tensor) -> Tensor:
+        """Sum over a sentence's target tokens, shape (B,)."""
+        return sum_tokens(values.masked_fill(self.padding, 0.0))
 
     def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """Number of a sentence's tokens that are equal, shape (B,), of two (B, T)."""

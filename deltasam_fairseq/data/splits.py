@@ -19,6 +19,7 @@ from typing import (
     Union,
 )
 
+from deltasam_fairseq.checkpoints.data_record import encoding_facts, read_json
 from deltasam_fairseq.data.files import atomic_write, sha256
 
 RECORD = "task.json"
@@ -53,11 +54,7 @@ S = TypeVar("S", bound=Split)
 
 def read_record(folder: Path) -> Dict[str, Any]:
     """Return what an earlier preparation recorded; empty if there is no record, or a broken one."""
-    try:
-        record = json.loads((folder / RECORD).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return record if isinstance(record, dict) else {}
+    return read_json(folder / RECORD)
 
 
 def entries_of(folder: Path) -> Dict[str, Entry]:
@@ -67,10 +64,7 @@ def entries_of(folder: Path) -> Dict[str, Entry]:
 
 def without_paths(value: Any) -> Any:
     """Return a value of a record to compare: of the files of a BPE not where they are."""
-    if not isinstance(value, dict):
-        return value
-    cased = value.get("options", {}).get("wordpiece_cased", False)
-    return value.get("name"), value["sha256"], cased
+    return encoding_facts(value) if isinstance(value, dict) else value
 
 
 def fingerprint(facts: Sequence[Any], source: Path, bpe: Dict[str, Any]) -> str:

@@ -46,11 +46,6 @@ from deltasam_fairseq.glue.write_splits import Changes, check_splits, splits_of,
 from deltasam_fairseq.options import ranged
 
 
-def split_files(name: str) -> Dict[str, str]:
-    """Return the labelled splits of fairseq's data -> the TSV file, without its ending."""
-    return TASKS[name].splits()
-
-
 def tasks_of(args: argparse.Namespace) -> Dict[str, Task]:
     """Return the tasks that the options name."""
     names = list(GLUE) if args.task == ["all"] else list(dict.fromkeys(args.task))
@@ -86,13 +81,6 @@ def prepare(args: argparse.Namespace) -> None:
             write_task(splits, bpe, encoding, run, args.any_rows)
 
 
-def share(text: str) -> float:
-    """Return a number above 0 and below 1."""
-    if not 0 < float(text) < 1:
-        raise ValueError
-    return float(text)
-
-
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     options = argparse.ArgumentParser(
@@ -100,7 +88,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = options.add_argument
+    add, share = options.add_argument, ranged(float, above=0, below=1)
     add("--glue-dir", type=Path, required=True, help="folder with a folder for each task")
     add("--task", nargs="+", required=True, help=f"all, or of {', '.join(TASKS)}, or your own")
     add("--out", type=Path, required=True, help="folder to write; of several tasks: their parent")

@@ -3,13 +3,14 @@
 import torch.nn.functional as F
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import at_least_float32, kl, softened_kl, symmetric_kl
+from deltasam_fairseq.algorithms import at_least_float32
+from deltasam_fairseq.criterions.task_losses import ClassObjective
 
 # Logit of what cannot be; finite, so that a divergence of two such is 0 and not NaN.
 _IMPOSSIBLE = -1e30
 
 
-class Span:
+class Span(ClassObjective):
     """Cross-entropy of the first and the last token of an answer, the mean of both.
 
     Args:
@@ -30,21 +31,9 @@ class Span:
         """Cross-entropy of every window, shape (B,), in nats."""
         return -scores.gather(2, self.targets.unsqueeze(2)).mean(dim=(1, 2))
 
-    def divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Symmetric KL, the sum of both directions and the mean of start and end, shape (B,)."""
-        return symmetric_kl(some, others).mean(dim=1)
-
-    def mean_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """Mean of both directions, shape (B,)."""
-        return 0.5 * self.divergence(some, others)
-
-    def directed_divergence(self, some: Tensor, others: Tensor) -> Tensor:
-        """``KL(some || others)``, the mean of start and end, shape (B,)."""
-        return kl(some, others).mean(dim=1)
-
-    def distillation_losses(self, teacher: Tensor, scores: Tensor, temperature: float) -> Tensor:
-        """``T^2 KL(teacher_T || scores_T)``, the mean of start and end, shape (B,)."""
-        return softened_kl(teacher, scores, temperature).mean(dim=1)
+    def per_sentence(self, values: Tensor) -> Tensor:
+        """Mean of start and end, shape (B,)."""
+        return values.mean(dim=1)
 
     def num_correct(self, predicted: Tensor, expected: Tensor) -> Tensor:
         """How many of start and end are equal, shape (B,), of two (B, 2)."""

@@ -10,7 +10,6 @@ Everything is made here, from text that is on every machine; nothing is download
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import re
 import statistics
 import sys
@@ -18,13 +17,11 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from deltasam_fairseq.markdown import markdown_table
+from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import LOG, exit_code, run_all
-from examples.common.stage import Stage, module, read_stamp, split_words
+from examples.common.stage import Stage, module, read_stamp
 
-ROOT = Path(__file__).resolve().parents[2]
-
-PYTHON = sys.executable
-USER_DIR = ROOT / "deltasam_fairseq"
+USER_DIR = Path(__file__).resolve().parents[2] / "deltasam_fairseq"
 TASK = ["--task", "translation", "--source-lang", "short", "--target-lang", "full"]
 
 
@@ -67,10 +64,7 @@ TRAINING = [
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="What follows -- goes to fairseq-train as it is.",
-    )
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TO_FAIRSEQ)
     add = options.add_argument
     add("--methods", nargs="+", default=["adam", "delta_sam_adam"], help=f"of {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=int, default=[1], help="of training (default: 1)")
@@ -114,26 +108,24 @@ def method_stages(
     """Return the stages that train a model and let it write the test sentences."""
     method, run = METHODS[name], run_folder(args, name, seed)
     numbers = {"updates": args.updates, "warmup": int(WARMUP * args.updates)}
-    train = [
-        *(PYTHON, "-m", "fairseq_cli.train", data, "--user-dir", USER_DIR, *TASK, *TRAINING),
+    train = module(
+        *("fairseq_cli.train", data, "--user-dir", USER_DIR, *TASK, *TRAINING),
         *("--max-update", args.updates, "--seed", seed, *method.flags),
         *(word.format(**numbers) for word in method.schedule),
-        # No thread that reads ahead: the cores are for the runs, and collating is short.
-        *("--num-workers", 0, "--data-buffer-size", 0, "--save-dir", "{out}"),
-        *("--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log", *extra),
-    ]
-    generate = [
-        *(PYTHON, "-m", "fairseq_cli.generate", data, "--user-dir", USER_DIR, *TASK),
+        *(*LOGGED, *extra),
+    )
+    generate = module(
+        *("fairseq_cli.generate", data, "--user-dir", USER_DIR, *TASK),
         *("--path", run / method.checkpoint, "--gen-subset", "test", "--max-tokens", 4000),
         # By itself fairseq makes batches of eight, and none of fewer sentences.
         *("--required-batch-size-multiple", 1, "--num-workers", 0),
         *("--beam", args.beam, "--scoring", "sacrebleu"),
         *("--bpe", "sentencepiece", "--sentencepiece-model", data / "spm.model"),
-    ]
+    )
     title, out = f"{name}, seed {seed}", test_folder(args, name, seed)
     return [
-        Stage(f"train {title}", [str(word) for word in train], run, [data]),
-        Stage(f"generate with {title}", [str(word) for word in generate], out, [run]),
+        Stage(f"train {title}", train, run, [data]),
+        Stage(f"generate with {title}", generate, out, [run]),
     ]
 
 
@@ -193,23 +185,13 @@ def check(args: argparse.Namespace) -> Optional[str]:
             return f"--methods {name}: not known; name some of {', '.join(METHODS)}"
     if args.text is not None and not args.text.is_file():
         return f"--text {args.text}: no such file; give one with a sentence a line"
-    for name in ("updates", "train_sentences", "held_out", "vocabulary", "beam", "cores"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            return f"--{name.replace('_', '-')} {value}: must be at least 1"
     return None
 
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    options = parser()
-    words, extra = split_words(sys.argv[1:])
-    args = options.parse_args(words)
-    wrong = check(args)
-    if wrong is not None:
-        options.exit(2, f"run.py: {wrong}\n")
-    if importlib.util.find_spec("fairseq") is None:
-        options.exit(2, "run.py: fairseq is not installed; `make setup` makes the environment\n")
+    positive = ("updates", "train_sentences", "held_out", "vocabulary", "beam", "cores")
+    args, extra = read_arguments(parser(), check, positive)
     args.out = args.out.absolute()
     args.text = None if args.text is None else args.text.absolute()
     data = args.out / "work" / "data"

@@ -12,7 +12,6 @@ the same runs on your data and your model.  What follows ``--`` goes to fairseq-
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import itertools
 import os
 import sys
@@ -20,9 +19,10 @@ import time
 from pathlib import Path
 from typing import List, Optional, Tuple
 
-from deltasam_fairseq.glue.prepare import TASKS, split_files
+from deltasam_fairseq.glue.tasks import TASKS
+from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import exit_code, run_all
-from examples.common.stage import Stage, module, sharpness_stage, split_words
+from examples.common.stage import Stage, module, sharpness_stage
 from examples.quickstart.settings import (
     ACCURACY,
     ADAM,
@@ -41,18 +41,12 @@ from examples.quickstart.settings import (
 )
 
 ROOT = Path(__file__).resolve().parents[2]
-
-PYTHON = sys.executable
-FAIRSEQ_TRAIN = [PYTHON, "-m", "fairseq_cli.train"]
 BUILT_IN = "ORDER"  # the task made here
 
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = argparse.ArgumentParser(
-        description=__doc__.splitlines()[0],
-        epilog="What follows -- goes to fairseq-train as it is.",
-    )
+    options = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TO_FAIRSEQ)
     add = options.add_argument
     add("--glue-dir", type=Path, help="folder with a folder a task (default: a task made here)")
     add("--task", help=f"one of {', '.join(sorted(TASKS))} (default: {BUILT_IN})")
@@ -87,7 +81,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
     if args.task != BUILT_IN and args.glue_dir is None:
         return f"--task {args.task}: needs the data; give --glue-dir, the folder with {args.task}/"
     if args.glue_dir is not None:
-        for name in split_files(args.task).values():
+        for name in TASKS[args.task].splits().values():
             path = args.glue_dir / args.task / f"{name}.tsv"
             if not path.is_file():
                 return f"--glue-dir {args.glue_dir}: {path} is missing; give GLUE's folder"
@@ -110,19 +104,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
     for criterion in args.criterions:
         if criterion not in CRITERIONS:
             return f"--criterions {criterion}: not known; name some of {', '.join(CRITERIONS)}"
-    for name in ("batch_size", "epochs", "cores"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            return f"--{name.replace('_', '-')} {value}: must be at least 1"
     return None
-
-
-def train(*arguments: object) -> List[str]:
-    """Return a fairseq-train command that logs JSON and saves in the stage's folder."""
-    # No thread that reads ahead: the cores are for the runs, and collating is short.
-    common = ["--num-workers", 0, "--data-buffer-size", 0, "--save-dir", "{out}"]
-    logging = ["--log-format", "json", "--log-interval", 25, "--log-file", "{out}/train.log"]
-    return [*FAIRSEQ_TRAIN, *map(str, (*arguments, *common, *logging))]
 
 
 def text_stages(work: Path) -> List[Stage]:
@@ -149,7 +131,7 @@ def text_stages(work: Path) -> List[Stage]:
         ),
         Stage(
             "pretrain a small RoBERTa",
-            train(lm, *PRETRAINING, "--seed", 1),
+            module("fairseq_cli.train", lm, *PRETRAINING, "--seed", 1, *LOGGED),
             work / "roberta",
             [lm],
             seconds=110,
@@ -228,14 +210,12 @@ def fine_tuning_stages(
     updates = recipe.epochs * -(-number_of_sentences(args) // recipe.batch_size)
     if args.checkpoint is None:
         checkpoint, model = work / "roberta" / "checkpoint_last.pt", SMALL_ROBERTA
-        inputs, seconds = (
-            [data, work / "roberta"],
-            {"adam": 25, "sam_adam": 45, "delta_sam_adam": 55},
-        )
+        inputs = [data, work / "roberta"]
+        seconds = {"adam": 25, "sam_adam": 45, "delta_sam_adam": 55}
     else:
         checkpoint, model = args.checkpoint, ["--arch", args.arch, "--max-positions", "512"]
         inputs, seconds = [data], {}
-    subsets = ",".join(split for split in split_files(args.task) if split != "train")
+    subsets = ",".join(split for split in TASKS[args.task].splits() if split != "train")
     stages = []
     for seed in args.seeds:
         for criterion, optimizer in itertools.product(args.criterions, args.optimizers):
@@ -244,7 +224,8 @@ def fine_tuning_stages(
             sam = ["--sam-rho", recipe.rho] if "sam_" in optimizer else []
             if optimizer.startswith("delta_sam_"):
                 sam += ["--delta-sam-beta", recipe.beta]
-            command = train(
+            command = module(
+                "fairseq_cli.train",
                 *(data, "--user-dir", ROOT / "deltasam_fairseq"),
                 *("--task", "sentence_prediction", "--criterion", criterion),
                 *criterion_options(criterion, args.task),
@@ -260,7 +241,7 @@ def fine_tuning_stages(
                 *("--max-epoch", recipe.epochs, "--max-update", updates, "--seed", seed),
                 *("--valid-subset", subsets),
                 *(*metric.flags, "--best-checkpoint-metric", metric.name),
-                *("--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *extra),
+                *("--maximize-best-checkpoint-metric", "--no-epoch-checkpoints", *extra, *LOGGED),
             )
             name = f"{method}, seed {seed}"
             stages.append(
@@ -277,15 +258,7 @@ def fine_tuning_stages(
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    options = parser()
-    words, extra = split_words(sys.argv[1:])
-    args = options.parse_args(words)
-    wrong = check(args)
-    if wrong is not None:
-        options.exit(2, f"run.py: {wrong}\n")
-    if importlib.util.find_spec("fairseq") is None:
-        options.exit(2, "run.py: fairseq is not installed; `make demo` makes the environment\n")
-
+    args, extra = read_arguments(parser(), check, ("batch_size", "epochs", "cores"))
     args.out = args.out.absolute()
     work = args.out / "work"
     stages = text_stages(work) if args.checkpoint is None else []

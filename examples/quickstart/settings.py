@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Dict, List, NamedTuple
 
+import yaml
+
 # --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
 HELD_OUT = {"train": 4000, "dev": 1000}  # sentences of the task, kept from pretraining
 SWAPS = 3  # pairs of neighbouring words exchanged in a disturbed sentence
@@ -67,8 +69,6 @@ def criterion_options(criterion: str, task: str) -> List[str]:
     them, by task where they depend on it; those of RTE for a task that has none."""
     if criterion == PLAIN:
         return []
-    import yaml  # here, because the quick start starts before it knows what is installed
-
     names = (f"{criterion}_{task}", criterion, f"{criterion}_RTE")
     path = next(p for p in (REGULARISERS / f"{name}.yaml" for name in names) if p.is_file())
     options = yaml.safe_load(path.read_text(encoding="utf-8"))["criterion"]

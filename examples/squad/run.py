@@ -17,12 +17,11 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
+from examples.common.program import LOGGED, read_arguments
 from examples.common.runner import exit_code, run_all
-from examples.common.stage import Stage, module, option_words, sharpness_stage, split_words
+from examples.common.stage import Stage, module, option_words, sharpness_stage
 
 ROOT = Path(__file__).resolve().parents[2]
-
-PYTHON = sys.executable
 
 
 class Recipe(NamedTuple):
@@ -123,8 +122,8 @@ def training(args: argparse.Namespace, data: Path, optimizer: str, seed: int) ->
     start = [] if args.checkpoint is None else ["--finetune-from-model", args.checkpoint.absolute()]
     sam = ["--sam-rho", args.sam_rho] if "sam_" in optimizer else []
     sam += ["--delta-sam-beta", args.delta_sam_beta] if "delta_sam_" in optimizer else []
-    words = [
-        *(PYTHON, "-m", "fairseq_cli.train", data, "--user-dir", ROOT / "deltasam_fairseq"),
+    return module(
+        *("fairseq_cli.train", data, "--user-dir", ROOT / "deltasam_fairseq"),
         *("--task", "span_prediction", "--criterion", "span_prediction"),
         *("--arch", args.arch, *recipe.model, *start),
         *("--optimizer", optimizer, "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06", *sam),
@@ -133,11 +132,8 @@ def training(args: argparse.Namespace, data: Path, optimizer: str, seed: int) ->
         *("--warmup-updates", round(recipe.warmup * recipe.updates)),
         *("--batch-size", recipe.batch_size, "--max-update", recipe.updates),
         *("--best-checkpoint-metric", "f1", "--maximize-best-checkpoint-metric"),
-        *("--no-epoch-checkpoints", "--find-unused-parameters", "--save-dir", "{out}"),
-        *("--num-workers", "0", "--data-buffer-size", "0"),
-        *("--log-format", "json", "--log-interval", "25", "--log-file", "{out}/train.log"),
-    ]
-    return [str(word) for word in words]
+        *("--no-epoch-checkpoints", "--find-unused-parameters", *LOGGED),
+    )
 
 
 def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[Stage]:
@@ -162,12 +158,7 @@ def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[S
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    options = parser()
-    words, extra = split_words(sys.argv[1:])
-    args = options.parse_args(words)
-    wrong = check(args)
-    if wrong is not None:
-        options.exit(2, f"run.py: {wrong}\n")
+    args, extra = read_arguments(parser(), check)
     args.out = args.out.absolute()
     data = data_stages(args, args.out / "work")
     runs = run_stages(args, extra, data[-1].out)

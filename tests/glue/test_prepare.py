@@ -775,7 +775,7 @@ def test_wordpiece(tmp_path):
 
 
 def test_what_the_quick_start_uses():
-    assert prepare_glue.split_files("MNLI") == {
+    assert prepare_glue.TASKS["MNLI"].splits() == {
         "train": "train",
         "valid": "dev_matched",
         "valid1": "dev_mismatched",

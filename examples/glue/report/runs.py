@@ -6,7 +6,6 @@ hydra started it, its options in hydra/.hydra/config.yaml.
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tu
 import pandas as pd
 import yaml
 
+from deltasam_fairseq.checkpoints.data_record import read_json
 from examples.common.fairseq_log import TIMINGS, Log, read_log
 from examples.common.stage import sharpness_folder
 
@@ -155,22 +155,13 @@ def score(run: Run, metric: Metric, partial: bool = False) -> Run:
     return run._replace(state="complete")
 
 
-def _json(path: Path) -> Dict[str, Any]:
-    """Return a JSON file; nothing where it is missing or cannot be read."""
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def read_run(task: str, folder: Path) -> Run:
     """Read the folder <method>-seed<N> of a run; the result has no score yet."""
     method, _, seed = folder.name.rpartition("-seed")
     run = Run(task, method, int(seed.split(".")[0]), "failed", "there is no train.log")
     if (folder / "train.log").is_file():
         run = run._replace(log=read_log(folder / "train.log"), why="")
-    measured = _json(sharpness_folder(folder) / "sharpness.json")
+    measured = read_json(sharpness_folder(folder) / "sharpness.json")
     means = {
         float(row["rho"]): (row.get("per_batch") or {}).get("mean")
         for row in measured.get("sharpness") or ()
@@ -179,7 +170,7 @@ def read_run(task: str, folder: Path) -> Run:
         settings=read_settings(folder),
         rises={rho: float(mean) for rho, mean in means.items() if mean is not None},
         curves=measured.get("curves") or {},
-        command=_json(folder / "stage.json").get("command") or (),
+        command=read_json(folder / "stage.json").get("command") or (),
     )
 
 
