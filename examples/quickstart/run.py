@@ -109,33 +109,15 @@ def check(args: argparse.Namespace) -> Optional[str]:
 
 def text_stages(work: Path) -> List[Stage]:
     """Return the stages that make the text, the vocabulary and the small pretrained RoBERTa."""
-    lm = work / "lm"
-    held_out = sum(HELD_OUT.values())
-    text = work / "text" / "text.txt"
+    lm, text, skip = work / "lm", work / "text", sum(HELD_OUT.values())
+    words = ["--text", text / "text.txt", "--skip", skip, "--vocab-size", VOCABULARY]
+    collect = module("examples.common.toy_text", "--out", "{out}/text.txt")
+    vocabulary = module("examples.common.pretraining_data", *words, "--out", "{out}")
+    pretrain = module("fairseq_cli.train", lm, *PRETRAINING, "--seed", 1, *LOGGED)
     return [
-        Stage(
-            "collect English sentences",
-            module("examples.common.toy_text", "--out", "{out}/text.txt"),
-            work / "text",
-            seconds=20,
-        ),
-        Stage(
-            "train the vocabulary",
-            module(
-                "examples.common.pretraining_data",
-                *("--text", text, "--skip", held_out, "--vocab-size", VOCABULARY, "--out", "{out}"),
-            ),
-            lm,
-            [work / "text"],
-            seconds=8,
-        ),
-        Stage(
-            "pretrain a small RoBERTa",
-            module("fairseq_cli.train", lm, *PRETRAINING, "--seed", 1, *LOGGED),
-            work / "roberta",
-            [lm],
-            seconds=110,
-        ),
+        Stage("collect English sentences", collect, text, seconds=20),
+        Stage("train the vocabulary", vocabulary, lm, [text], seconds=8),
+        Stage("pretrain a small RoBERTa", pretrain, work / "roberta", [lm], seconds=110),
     ]
 
 
@@ -146,18 +128,10 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
     if glue is None:
         glue, text = work / "glue", work / "text"
         sizes = [word for split, size in HELD_OUT.items() for word in (f"--{split}", size)]
-        stages.append(
-            Stage(
-                "make the task",
-                module(
-                    "examples.quickstart.word_order_task",
-                    *("--text", text / "text.txt", "--swaps", SWAPS, *sizes),
-                    *("--out", f"{{out}}/{BUILT_IN}"),
-                ),
-                glue,
-                [text],
-            )
-        )
+        words = ["--text", text / "text.txt", "--swaps", SWAPS, *sizes]
+        words += ["--out", f"{{out}}/{BUILT_IN}"]
+        make = module("examples.quickstart.word_order_task", *words)
+        stages.append(Stage("make the task", make, glue, [text]))
         inputs.append(glue)
     options: List[object] = ["--bpe", args.bpe]
     for name in ("sentencepiece_model", "gpt2_encoder_json", "gpt2_vocab_bpe"):
@@ -272,13 +246,8 @@ def main() -> int:
     begin = time.monotonic()
     expected = sum(stage.seconds for stage in (*stages, *prepared, *runs))
     print(f"results: {args.out}" + (f" (about {expected} s)" if args.checkpoint is None else ""))
-    table = Stage(
-        "report",
-        module("examples.common.report", *folders, "--metric", metric, "--out", "{out}"),
-        report,
-        [stage.out for stage in runs],
-        seconds=3,
-    )
+    command = module("examples.common.report", *folders, "--metric", metric, "--out", "{out}")
+    table = Stage("report", command, report, [stage.out for stage in runs], seconds=3)
     code = exit_code(lambda: run_all([*stages, *prepared, *runs, table], args.cores))
     if code:
         return code

@@ -97,16 +97,11 @@ def data_stages(args: argparse.Namespace, work: Path) -> List[Stage]:
     else:
         qa, lm = work / "qa", work / "vocabulary"
         make = module("examples.squad.make_data", *QUESTIONS, "--out", "{out}")
-        vocabulary = ["--text", qa / "text.txt", "--vocab-size", VOCABULARY, "--model-type", "bpe"]
+        words = ["--text", qa / "text.txt", "--vocab-size", VOCABULARY, "--model-type", "bpe"]
+        vocabulary = module("examples.common.pretraining_data", *words, "--out", "{out}")
         stages = [
             Stage("make questions", make, qa),
-            Stage(
-                "train the vocabulary",
-                module("examples.common.pretraining_data", *vocabulary, "--out", "{out}"),
-                lm,
-                [qa],
-                seconds=6,
-            ),
+            Stage("train the vocabulary", vocabulary, lm, [qa], seconds=6),
         ]
         files = ["--train", qa / "train.json", "--valid", qa / "dev.json", "--bpe", "sentencepiece"]
         files += ["--dict", lm / "dict.txt", "--sentencepiece-model", lm / "spm.model"]

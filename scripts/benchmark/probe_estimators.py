@@ -10,6 +10,7 @@ mode; writes OUT.md. What came out: docs/half_precision.md.
 """
 
 import copy
+import itertools
 from pathlib import Path
 from typing import Any, Callable, Dict, List, NamedTuple, Tuple
 
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from deltasam_fairseq.algorithms import global_norm, unit_roundoff
 from deltasam_fairseq.criterions import per_sentence_losses
+from deltasam_fairseq.markdown import markdown_table
 from scripts.benchmark.half_precision import SEED, Model, load, options, total_variation
 
 PRECISIONS = ("fp16", "bf16")
@@ -126,14 +128,11 @@ def main() -> None:
                     for kind, estimate in ESTIMATORS.items():
                         distance = total_variation(estimate(own, others), exact_a)
                         found.setdefault((name, kind, factor), []).append(distance)
-    lines = ["| | estimator | " + " | ".join(f"{f:g}" for f in args.factors) + " |"]
-    lines.append("|---" * (2 + len(args.factors)) + "|")
-    for name in PRECISIONS:
-        for kind in ESTIMATORS:
-            cells = [found[name, kind, factor] for factor in args.factors]
-            text = " | ".join(f"{sum(c) / len(c):.3f} ({max(c):.3f})" for c in cells)
-            lines.append(f"| {name} | {kind} | {text} |")
-    text = "\n".join(lines) + "\n"
+    rows = []
+    for name, kind in itertools.product(PRECISIONS, ESTIMATORS):
+        cells = [found[name, kind, factor] for factor in args.factors]
+        rows.append([name, kind, *(f"{sum(c) / len(c):.3f} ({max(c):.3f})" for c in cells)])
+    text = markdown_table(["", "estimator", *(f"{f:g}" for f in args.factors)], rows) + "\n"
     Path(f"{args.out}.md").write_text(text)
     print(text)
 

@@ -87,7 +87,9 @@ def emphasised(column: Sequence[float], cells: Sequence[str]) -> List[str]:
 
 
 def table(caption: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return a table with its caption; names of methods and tasks may hold any signs."""
+    """Return a table with its caption, nothing without rows; names may hold any signs."""
+    if not rows:
+        return ""
     cells = [[html.escape(cell, quote=False) for cell in row] for row in (head, *rows)]
     return f"**{html.escape(caption, quote=False)}**\n\n{markdown_table(cells[0], cells[1:])}"
 
@@ -172,10 +174,8 @@ def difference_table(found: Sequence[Comparison], caption: str) -> str:
     ]
     head = ["method", "n", "mean", "std", "95 % interval", "p", "p, Holm", "p, sign flips"]
     lacking = [c.method for c in found if not c.differences]
-    parts = [table(caption, head, rows)] if rows else []
-    if lacking:
-        parts.append(f"{caption}: no seed that both completed for {quoted(lacking)}.")
-    return "\n\n".join(parts)
+    missing = f"{caption}: no seed that both completed for {quoted(lacking)}." if lacking else ""
+    return "\n\n".join(filter(None, (table(caption, head, rows), missing)))
 
 
 def mean_differences(report: Report) -> str:
@@ -188,7 +188,7 @@ def mean_differences(report: Report) -> str:
             marks = [" †" if (c.p_holm or 1.0) < ALPHA else "" for c in mine]
             rows.append([method, *(number(c.mean, 2, "+") + m for c, m in zip(mine, marks))])
     head = ["method", *report.columns()]
-    return table(f"Mean difference to {report.baseline}", head, rows) if rows else ""
+    return table(f"Mean difference to {report.baseline}", head, rows)
 
 
 def what_n_can_show(found: Sequence[Comparison]) -> List[str]:
@@ -273,9 +273,7 @@ def task_section(report: Report, task: str) -> Dict[str, Any]:
     return {
         "name": task,
         "metric": metric,
-        "scores": ""
-        if rows.empty
-        else table(f"{task}, {metric.name}", list(by_name), list(zip(*by_name.values()))),
+        "scores": table(f"{task}, {metric.name}", list(by_name), list(zip(*by_name.values()))),
         "lacking": quoted(everyone.method[everyone.n == 0]),
         "differences": difference_table(found, f"{task}: difference to {report.baseline}"),
         "png": "task-" + "".join(c if c.isalnum() or c in "-_" else "-" for c in task) + ".png",
@@ -295,7 +293,7 @@ def uncounted(report: Report) -> str:
         if row not in rows:
             rows.append(row)
     rows.sort(key=lambda row: row[2] != "all")
-    return table("Not counted", ["task", "method", "seed", "state", "why"], rows) if rows else ""
+    return table("Not counted", ["task", "method", "seed", "state", "why"], rows)
 
 
 # --- how the runs were made -------------------------------------------------------------------
@@ -356,12 +354,8 @@ def how_made(report: Report, task: str) -> Dict[str, Any]:
             f"{task}, seeds {seeds}: the same in all runs",
             ["option", "value"],
             [[k, _values(everyone, k)] for k in alike],
-        )
-        if alike
-        else "",
-        "differ": table(f"{task}: options that differ", ["option", *groups], columns)
-        if columns
-        else "",
+        ),
+        "differ": table(f"{task}: options that differ", ["option", *groups], columns),
         "resumed": ", ".join(
             f"`{run.method}` seed {run.seed} ({run.log.starts} starts)"
             for run in everyone
