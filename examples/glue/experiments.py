@@ -340,7 +340,7 @@ class Trainings:
         )
         try:
             text = self.args.experiment in GROUPS
-            tables = accuracies(record) if text else self.report()
+            tables = (accuracies(record) if text else self.report()) if complete else ""
         except Exception as error:  # the figures are written, and the next tables will be
             tables = f"No tables: {error!r}"
         pages = [head, *map(json.dumps, self.done.get("chosen", {}).items()), tables]
@@ -354,7 +354,8 @@ class Trainings:
             return ""
         baseline, timed = (name if name in runs.methods else None for name in ("adam", "sam"))
         found = context(make(runs, baseline, timed, {}))
-        tables = [*found["overviews"], found["differences"], found["times"], found["timings"]]
+        ways = found["times"] and f"Measured: {found['timings']}."
+        tables = [*found["overviews"], found["differences"], found["times"], ways]
         return "\n\n".join(table for table in [*tables, found["uncounted"]] if table)
 
 

@@ -13,13 +13,24 @@
 #
 # Variables: PYTHON (python3), KIT (.gpu), OUT (first_run).
 set -euo pipefail
-cd "$(dirname "$0")/../.."
-KIT=${KIT:-.gpu}
+PYTHON=${PYTHON:-python3} KIT=${KIT:-.gpu} OUT=${OUT:-first_run}
+[[ $PYTHON == /* || $PYTHON != */* ]] || PYTHON=$PWD/$PYTHON
+[[ $KIT == /* ]] || KIT=$PWD/$KIT
+[[ $OUT == /* ]] || OUT=$PWD/$OUT
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH="$PWD${PYTHONPATH:+:$PYTHONPATH}"
-if [ -f "$KIT/site.tgz" ] && ! "${PYTHON:-python3}" -c 'import fairseq' 2>/dev/null; then
+imports() { "$PYTHON" -c 'import fairseq' 2>&1; }
+if ! error=$(imports); then
     SITE=$(mktemp -d)
     trap 'rm -rf "$SITE"' EXIT
-    tar xzf "$KIT/site.tgz" -C "$SITE"
+    [ ! -f "$KIT/site.tgz" ] || tar xzf "$KIT/site.tgz" -C "$SITE"
     export PYTHONPATH="$SITE:$PYTHONPATH"
+    error=$(imports) || {
+        echo "PYTHON=$PYTHON: ${error##*$'\n'}. It needs torch, and fairseq or KIT/site.tgz" \
+            "(KIT=$KIT) for its Python." >&2
+        exit 2
+    }
 fi
-"${PYTHON:-python3}" -m scripts.gpu --kit "$KIT" --out "${OUT:-first_run}" "$@"
+"$PYTHON" -m scripts.gpu --kit "$KIT" --out "$OUT" "$@" &
+trap 'kill -TERM $!' HUP INT TERM
+wait $! || wait $!  # the first one ends at a signal

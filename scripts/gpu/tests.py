@@ -63,16 +63,17 @@ class Record:
         atomic_write(self.out, json.dumps(found, indent=1))
         counts = collections.Counter(test["outcome"] for test in self.tests.values())
         rows = [[t["outcome"], f"{t['seconds']:.1f}", name] for name, t in self.tests.items()]
-        text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) + "\n\n"
-        text += markdown_table(["outcome", "seconds", "test"], rows) + "\n"
-        text += "".join(f"\n    {x}" for t in self.tests.values() for x in t.get("printed", ()))
-        text += "\n"
+        text = ", ".join(f"{n} {outcome}" for outcome, n in counts.items()) or "no tests"
+        printed = [f"\n    {x}" for t in self.tests.values() for x in t.get("printed", ())]
+        text += "".join(["\n", *printed] if printed else []) + "\n"
         for name, test in self.tests.items():
             if test["outcome"] == "failed":
                 lines = test["report"].splitlines()[-LINES:]
                 text += f"\n{name}\n\n" + "\n".join("    " + line for line in lines) + "\n"
         for error in self.errors:
             text += "\nNot collected: " + "\n".join("    " + x for x in error.splitlines()) + "\n"
+        if rows:
+            text += "\n" + markdown_table(["outcome", "seconds", "test"], rows) + "\n"
         atomic_write(self.page, text)
 
 

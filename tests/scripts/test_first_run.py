@@ -2,9 +2,11 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import textwrap
+import time
 import types
 
 import pytest
@@ -54,9 +56,7 @@ def test_a_part_that_hangs_is_cut_and_leaves_its_findings_and_no_process(tmp_pat
     code, text = start(tmp_path, monkeypatch, scripts, minutes="0.1")
     assert code == 1
     assert "# Part smoke: cut at its time limit" in text and "# Part tests: done" in text
-    child = text.split("before the hang ")[1].split()[0]
-    state = subprocess.run(["ps", "-o", "stat=", "-p", child], capture_output=True, text=True)
-    assert state.stdout.strip() in ("", "Z")
+    assert not state_of(text.split("before the hang ")[1].split()[0])
 
 
 def test_findings_are_there_while_a_part_runs(tmp_path, monkeypatch):
@@ -86,6 +86,134 @@ def test_wrong_options_are_refused(tmp_path, words, capsys):
     with pytest.raises(SystemExit):
         first_run.main(["--out", str(tmp_path), *words])
     assert words[0] in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("--minutes 0.05", "--minutes 0.05: 4 parts need at least 0.67"),
+        ("--device cuda", "finds no GPU; --device cpu --minutes 3 makes the dry run"),
+        ("--out {}/file", "/file: cannot be written, File exists; give another folder"),
+        ("--out {}/file/out", "/file/out: cannot be written, Not a directory; give another"),
+        ("--work {}/file", "/file: cannot be written, File exists; give another folder"),
+        ("--out {}/old", "/old: has the findings of an earlier run; move them"),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_a_part_begins(
+    tmp_path, words, said, capsys, monkeypatch
+):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "old").mkdir()
+    for name in ("file", "old/first_run.md"):
+        (tmp_path / name).write_text("kept")
+    argv = ["--device", "cpu", "--out", str(tmp_path / "out"), *words.format(tmp_path).split()]
+    with pytest.raises(SystemExit) as refusal:
+        first_run.main(argv)
+    assert refusal.value.code == 2
+    option, error = words.split()[0], capsys.readouterr().err.splitlines()[-1]
+    assert f"error: {option} " in error and said in error
+    assert not (tmp_path / "out" / "output.log").exists()
+    assert (tmp_path / "old" / "first_run.md").read_text() == "kept"
+
+
+def test_a_part_is_run_once(tmp_path, monkeypatch):
+    begin = "import sys, time; open(sys.argv[3] + '/begun', 'a').write('1')"
+    monkeypatch.setattr(
+        first_run.FirstRun,
+        "command",
+        lambda *_: [sys.executable, "-c", begin, "", "", f"{tmp_path}"],
+    )
+    words = ["--device", "cpu", "--parts", "smoke", "smoke", "--out", str(tmp_path)]
+    assert first_run.main(words) == 0
+    assert (tmp_path / "begun").read_text() == "1"
+
+
+def test_findings_that_cannot_be_written_do_not_stop_the_next(tmp_path, monkeypatch, capsys):
+    """As on a disk that is full; what was found is printed."""
+
+    def full(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(first_run, "atomic_write", full)
+    (tmp_path / "output.log").symlink_to("/dev/full")
+    with pytest.raises(FileNotFoundError):
+        start(tmp_path, monkeypatch, {"smoke": FINDS, "tests": FINDS})
+    said = capsys.readouterr().out
+    for part in ("smoke", "tests"):
+        assert f"# Part {part}: failed, [Errno 28] No space left on device" in said
+
+
+HANGS = """
+    import sys, time
+    from scripts.gpu import __main__ as first_run
+
+    def command(self, part, seconds):
+        program = "import os, sys, time; open(sys.argv[1], 'w').write(f'## pid {os.getpid()}.'); "
+        page = str(self.work / f"{part}.md")
+        return [sys.executable, "-c", program + "time.sleep(100)", page]
+
+    first_run.FirstRun.command = command
+    first_run.signal.signal(first_run.signal.SIGTERM, first_run.signal.default_int_handler)
+    sys.exit(first_run.main(sys.argv[1:]))
+"""
+
+
+def state_of(pid):
+    """Return the state of a process, as ps has it; nothing after its end."""
+    words = ["ps", "-o", "stat=", "-p", str(pid)]
+    return subprocess.run(words, capture_output=True, text=True).stdout.strip().replace("Z", "")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_part_ends_with_the_program_and_leaves_its_findings(tmp_path, number):
+    words = ["--device", "cpu", "--parts", "smoke", "tests", "--out", str(tmp_path)]
+    driver = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(HANGS), *words],
+        env={**os.environ, "PYTHONPATH": PATH},
+    )
+    page, deadline = tmp_path / "first_run.md", time.monotonic() + 60
+    while "## pid" not in (page.read_text() if page.exists() else ""):
+        assert time.monotonic() < deadline and driver.poll() is None
+        time.sleep(0.1)
+    driver.send_signal(number)
+    code = driver.wait(30)
+    pid = page.read_text().split("## pid ")[1].split(".")[0]
+    while state_of(pid) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not state_of(pid)
+    interrupted = number == signal.SIGTERM
+    assert code == (130 if interrupted else -number)
+    assert f"# Part smoke: {'interrupted' if interrupted else 'running'}" in page.read_text()
+    assert "# Part tests" not in page.read_text()
+
+
+def shell(folder, **variables):
+    """Run first_run.sh from a folder; return the process."""
+    words = ["bash", f"{PATH}/scripts/gpu/first_run.sh", "--device", "cpu", "--minutes", "1"]
+    env = {**os.environ, "PYTHON": sys.executable, **variables}
+    return subprocess.run(
+        [*words, "--parts", "trainings"], capture_output=True, text=True, env=env, cwd=folder
+    )
+
+
+def test_a_kit_that_is_missing_is_named(tmp_path):
+    """And paths are of the folder in which the command is given."""
+    done = shell(tmp_path, KIT="no_kit", OUT="out")
+    assert done.returncode == 1, done.stdout + done.stderr
+    text = (tmp_path / "out" / "first_run.md").read_text()
+    assert "# Part trainings: failed with code 2" in text and text in done.stdout
+    assert f"--kit {tmp_path}/no_kit: minilm/config.json and glue/RTE/train.tsv are missing" in text
+
+
+def test_a_python_without_torch_is_named(tmp_path):
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} -S -E "$@"\n')
+    python.chmod(0o755)
+    done = shell(tmp_path, PYTHON=str(python))
+    assert done.returncode == 2 and not (tmp_path / "first_run").exists()
+    (error,) = done.stderr.splitlines()
+    assert error.startswith(f"PYTHON={python}: ModuleNotFoundError: No module named")
+    assert f"It needs torch, and fairseq or KIT/site.tgz (KIT={tmp_path}/.gpu)" in error
 
 
 @pytest.fixture(scope="module")
