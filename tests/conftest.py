@@ -23,7 +23,9 @@ SLOW = (
     *("glue/test_predict.py", "glue/test_prepare.py", "squad/test_predict.py"),
     *("squad/test_training.py", "optim/test_compiled_rounding.py", "test_conformance.py"),
     *("trainer/test_exit_paths.py", "trainer/test_half_precision.py"),
-    "trainer/test_weight_average.py",
+    *("trainer/test_weight_average.py", "trainer/test_cheaper_ascent.py", "test_fast_config.py"),
+    *("checkpoints/test_mixed_data.py", "fairseq_patches/test_data_threads.py"),
+    "fairseq_patches/test_data_options.py",
 )
 
 
