@@ -71,7 +71,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         paths = select_checkpoints(args)
         state = average(paths, args.raw)
     except UsageError as e:
-        parser.exit(2, f"average: {e}\n")
+        parser.exit(2, f"{parser.prog}: {e}\n")
     partial = args.output + ".tmp"
     with PathManager.open(partial, "wb") as f:
         torch.save(state, f)

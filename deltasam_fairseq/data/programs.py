@@ -37,7 +37,7 @@ def run_program(
     try:
         work(args)
     except DataError as error:
-        print(f"{parser.prog.rpartition(PACKAGE)[2]}: {error}", file=sys.stderr)
+        print(f"{parser.prog}: {error}", file=sys.stderr)
         return 2
     return 0
 

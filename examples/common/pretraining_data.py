@@ -36,7 +36,9 @@ def train_vocabulary(lines: List[str], size: int, out: Path, kind: str = "unigra
 
 def main() -> None:
     """Leave the first ``--skip`` lines out, validate on the next ones, train on the rest."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.common.pretraining_data", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--text", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--skip", type=int, default=0, help="first lines, kept for the task")

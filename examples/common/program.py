@@ -35,5 +35,5 @@ def read_arguments(
         name = small[0]
         wrong = f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1"
     if wrong is not None:
-        parser.exit(2, f"run.py: {wrong}\n")
+        parser.exit(2, f"{parser.prog}: {wrong}\n")
     return args, extra

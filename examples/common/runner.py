@@ -188,7 +188,7 @@ def watch(
             return
 
 
-def exit_code(work: Callable[[], object], program: str = "run.py") -> int:
+def exit_code(work: Callable[[], object], program: str) -> int:
     """Call ``work``, say how it ended if it did not end well, and return the exit code."""
     try:
         work()

@@ -136,7 +136,9 @@ def collect(workers: int) -> List[str]:
 
 def main() -> None:
     """Write one sentence a line, shuffled by ``--seed``."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.common.toy_text", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--out", type=Path, required=True, help="text file to write")
     parser.add_argument("--seed", type=int, default=1, help="seed of the shuffle")
     parser.add_argument("--workers", type=int, default=2, help="processes that read the files")

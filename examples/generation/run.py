@@ -64,7 +64,11 @@ TRAINING = [
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TO_FAIRSEQ)
+    options = argparse.ArgumentParser(
+        prog="python -m examples.generation.run",
+        description=__doc__.splitlines()[0],
+        epilog=TO_FAIRSEQ,
+    )
     add = options.add_argument
     add("--methods", nargs="+", default=["adam", "delta_sam_adam"], help=f"of {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=int, default=[1], help="of training (default: 1)")
@@ -109,13 +113,15 @@ def method_stages(
     method, run = METHODS[name], run_folder(args, name, seed)
     numbers = {"updates": args.updates, "warmup": int(WARMUP * args.updates)}
     train = module(
-        *("fairseq_cli.train", data, "--user-dir", USER_DIR, *TASK, *TRAINING),
+        "fairseq_cli.train",
+        *(data, "--user-dir", USER_DIR, *TASK, *TRAINING),
         *("--max-update", args.updates, "--seed", seed, *method.flags),
         *(word.format(**numbers) for word in method.schedule),
         *(*LOGGED, *extra),
     )
     generate = module(
-        *("fairseq_cli.generate", data, "--user-dir", USER_DIR, *TASK),
+        "fairseq_cli.generate",
+        *(data, "--user-dir", USER_DIR, *TASK),
         *("--path", run / method.checkpoint, "--gen-subset", "test", "--max-tokens", 4000),
         # By itself fairseq makes batches of eight, and none of fewer sentences.
         *("--required-batch-size-multiple", 1, "--num-workers", 0),
@@ -191,7 +197,8 @@ def check(args: argparse.Namespace) -> Optional[str]:
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
     positive = ("updates", "train_sentences", "held_out", "vocabulary", "beam", "cores")
-    args, extra = read_arguments(parser(), check, positive)
+    options = parser()
+    args, extra = read_arguments(options, check, positive)
     args.out = args.out.absolute()
     args.text = None if args.text is None else args.text.absolute()
     data = args.out / "work" / "data"
@@ -199,7 +206,7 @@ def main() -> int:
     for seed in args.seeds:
         for name in args.methods:
             stages += method_stages(args, extra, data, name, seed)
-    code = exit_code(lambda: run_all(stages, args.cores))
+    code = exit_code(lambda: run_all(stages, args.cores), options.prog)
     if code:
         return code
     text = report(args, data)

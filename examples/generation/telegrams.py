@@ -36,7 +36,9 @@ def telegram(sentence: str) -> str:
 
 def main() -> None:
     """Write the three splits: the first lines of the text are for validation and test."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.generation.telegrams", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--text", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--valid", type=int, default=500, help="sentences to validate on")

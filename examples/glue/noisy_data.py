@@ -72,7 +72,9 @@ def write_tsv(path: Path, rows: Sequence[Row]) -> None:
 
 def main() -> int:
     """Write the splits; return the exit code."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    options = argparse.ArgumentParser(
+        prog="python -m examples.glue.noisy_data", description=__doc__.splitlines()[0]
+    )
     add = options.add_argument
     add("--source", type=Path, required=True, help="folder with the task's folder of TSV files")
     add("--task", required=True)

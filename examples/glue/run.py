@@ -66,9 +66,14 @@ def names(folder: Path) -> List[str]:
     return sorted(p.stem for p in folder.iterdir())
 
 
-def common_options(description: str) -> argparse.ArgumentParser:
-    """Return the options of this program and of search.py."""
+def common_options(program: str, description: str) -> argparse.ArgumentParser:
+    """Return the options of this program and of examples.glue.search.
+
+    Args:
+        program: as in ``python -m PROGRAM``.
+    """
     options = argparse.ArgumentParser(
+        prog=f"python -m {program}",
         description=description,
         epilog="What follows -- are overrides for every fairseq-hydra-train.",
     )
@@ -128,7 +133,7 @@ def common_options(description: str) -> argparse.ArgumentParser:
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = common_options(__doc__.splitlines()[0])
+    options = common_options("examples.glue.run", __doc__.splitlines()[0])
     add = options.add_argument
     add("--data", type=Path, help="instead of --glue-dir: folder with prepared <task> folders")
     add(
@@ -460,7 +465,7 @@ def main() -> int:
     args = options.parse_args(words)
     wrong = check(args)
     if wrong is not None:
-        options.exit(2, f"run.py: {wrong}\n")
+        options.exit(2, f"{options.prog}: {wrong}\n")
 
     import torch
 
@@ -495,14 +500,15 @@ def main() -> int:
     if args.sharpness:
         unkept = [s for s in runs if is_done(s) and not (s.out / "checkpoint_best.pt").is_file()]
         if unkept:
-            options.exit(
-                2,
-                f"run.py: --sharpness: {len(unkept)} runs that are there kept no checkpoint, as "
+            wrong = (
+                f"--sharpness: {len(unkept)} existing runs kept no checkpoint, such as "
                 f"{unkept[0].out}; remove their folders, to have them made again, or give another "
-                "--out\n",
+                "--out"
             )
+            options.exit(2, f"{options.prog}: {wrong}\n")
     if args.only is not None and not 0 <= args.only < len(runs):
-        options.exit(2, f"run.py: --only {args.only}: there are runs 0 to {len(runs) - 1}\n")
+        wrong = f"--only {args.only}: there are runs 0 to {len(runs) - 1}"
+        options.exit(2, f"{options.prog}: {wrong}\n")
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
     failed: Dict[str, str] = {}
 
@@ -513,7 +519,7 @@ def main() -> int:
         else:
             failed.update(run_side_by_side(jobs, args.cores, places(args, gpus)))
 
-    code = exit_code(work)
+    code = exit_code(work, options.prog)
     if code or args.only is not None:
         return code
     for message in failed.values():

@@ -35,7 +35,7 @@ Scores = Dict[str, Dict[str, float]]  # task -> trial -> mean score
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = glue.common_options(__doc__.splitlines()[0])
+    options = glue.common_options("examples.glue.search", __doc__.splitlines()[0])
     add = options.add_argument
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
     add("--rho", nargs="+", type=float, default=[0.01, 0.02, 0.05], help="to try, above 0")
@@ -179,7 +179,7 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     partial.rename(path)
     for task, values in chosen.items():
         print(f"{task}: " + ", ".join(f"{option} {value:g}" for option, value in values.items()))
-    print(f"written to {path}; for run.py: --chosen {path}")
+    print(f"written to {path}; use it with: python -m examples.glue.run --chosen {path}")
 
 
 def main() -> int:
@@ -189,13 +189,14 @@ def main() -> int:
     args = options.parse_args(words)
     wrong = check(args)
     if wrong:
-        options.exit(2, f"search.py: {wrong}\n")
+        options.exit(2, f"{options.prog}: {wrong}\n")
 
     import torch
 
     glue.absolute(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
-    return exit_code(lambda: search(args, overrides, torch.cuda.device_count()), "search.py")
+    gpus = torch.cuda.device_count()
+    return exit_code(lambda: search(args, overrides, gpus), options.prog)
 
 
 if __name__ == "__main__":

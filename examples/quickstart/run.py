@@ -46,7 +46,11 @@ BUILT_IN = "ORDER"  # the task made here
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=TO_FAIRSEQ)
+    options = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.run",
+        description=__doc__.splitlines()[0],
+        epilog=TO_FAIRSEQ,
+    )
     add = options.add_argument
     add("--glue-dir", type=Path, help="folder with a folder a task (default: a task made here)")
     add("--task", help=f"one of {', '.join(sorted(TASKS))} (default: {BUILT_IN})")
@@ -232,7 +236,8 @@ def fine_tuning_stages(
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    args, extra = read_arguments(parser(), check, ("batch_size", "epochs", "cores"))
+    options = parser()
+    args, extra = read_arguments(options, check, ("batch_size", "epochs", "cores"))
     args.out = args.out.absolute()
     work = args.out / "work"
     stages = text_stages(work) if args.checkpoint is None else []
@@ -248,7 +253,7 @@ def main() -> int:
     print(f"results: {args.out}" + (f" (about {expected} s)" if args.checkpoint is None else ""))
     command = module("examples.common.report", *folders, "--metric", metric, "--out", "{out}")
     table = Stage("report", command, report, [stage.out for stage in runs], seconds=3)
-    code = exit_code(lambda: run_all([*stages, *prepared, *runs, table], args.cores))
+    code = exit_code(lambda: run_all([*stages, *prepared, *runs, table], args.cores), options.prog)
     if code:
         return code
     print(f"\n{(report / 'report.md').read_text(encoding='utf-8')}")

@@ -41,7 +41,9 @@ def rows(sentences: Sequence[str], swaps: int, rng: random.Random) -> List[str]:
 
 def main() -> None:
     """Write ``train.tsv`` and ``dev.tsv`` from the first sentences of the text."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.quickstart.word_order_task", description=__doc__.splitlines()[0]
+    )
     parser.add_argument("--text", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument("--train", type=int, default=4000, help="sentences to train on")

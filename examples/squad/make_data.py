@@ -96,7 +96,9 @@ def data_set(count: int, people: int, unanswerable: float, seed: str) -> Dict[st
 
 def main() -> None:
     """Write the files."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m examples.squad.make_data", description=__doc__.splitlines()[0]
+    )
     add = parser.add_argument
     add("--out", type=Path, required=True, help="folder to write")
     add("--train", type=int, default=4000, help="questions to train on (default: 4000)")

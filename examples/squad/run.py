@@ -54,7 +54,9 @@ VOCABULARY = 400  # pieces
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
     options = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m examples.squad.run",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--train", type=Path, help="SQuAD's train file (default: questions made here)")
@@ -153,7 +155,8 @@ def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[S
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    args, extra = read_arguments(parser(), check)
+    options = parser()
+    args, extra = read_arguments(options, check)
     args.out = args.out.absolute()
     data = data_stages(args, args.out / "work")
     runs = run_stages(args, extra, data[-1].out)
@@ -161,7 +164,7 @@ def main() -> int:
     inputs = [stage.out for stage in runs]
     words = [*map(str, folders), "--metric", "f1", "--out", "{out}"]
     table = Stage("report", module("examples.common.report", *words), args.out / "report", inputs)
-    code = exit_code(lambda: run_all([*data, *runs, table], args.cores))
+    code = exit_code(lambda: run_all([*data, *runs, table], args.cores), options.prog)
     if not code:
         print(f"\n{(table.out / 'report.md').read_text(encoding='utf-8')}\n{table.out}")
     return code

@@ -72,7 +72,11 @@ def rise(trainer: Any, samples: Sequence[List[Sample]]) -> float:
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark.ascent_quality",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
     parser.add_argument("--rounds", type=int, default=20, help="updates of each way (default: 20)")
     parser.add_argument("--warm", type=int, default=50, help="updates of Adam first (default: 50)")
     args, argv = parser.parse_known_args()

@@ -61,7 +61,11 @@ def time_trainers(
 
 def main() -> None:
     """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        prog="python -m scripts.benchmark.criterion_cost",
+        description=__doc__.splitlines()[0],
+        allow_abbrev=False,
+    )
     parser.add_argument("--rounds", type=int, default=15, help="updates of each pair (default: 15)")
     parser.add_argument("--criterions", nargs="+", default=list(CRITERIONS))
     parser.add_argument("--optimizers", nargs="+", default=list(OPTIMIZERS))

@@ -74,10 +74,12 @@ class Measured(NamedTuple):
     realised: float
 
 
-def options(description: str) -> argparse.ArgumentParser:
+def options(program: str, description: str) -> argparse.ArgumentParser:
     """The options that say what is measured, and where the figures go."""
     parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m scripts.benchmark.{program}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("data", help="data folder of the checkpoint's task")
     parser.add_argument("--path", required=True, help="fairseq checkpoint")
@@ -90,7 +92,7 @@ def options(description: str) -> argparse.ArgumentParser:
 
 
 def arguments() -> argparse.Namespace:
-    parser = options(__doc__ or "")
+    parser = options("half_precision", __doc__ or "")
     parser.add_argument("--sam-rho-list", type=float, nargs="+", default=[0.01, 0.02, 0.05])
     parser.add_argument("--roundings", type=int, default=10, help="rounded steps of each batch")
     parser.add_argument(

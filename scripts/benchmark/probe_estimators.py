@@ -108,7 +108,7 @@ def sides(model: Model, radius: float, draw: int) -> Sides:
 
 
 def main() -> None:
-    parser = options(__doc__ or "")
+    parser = options("probe_estimators", __doc__ or "")
     parser.add_argument("--factors", type=float, nargs="+", default=[0.1, 0.2, 0.35])
     args = parser.parse_args()
     if args.draws < 2:

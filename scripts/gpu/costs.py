@@ -264,7 +264,7 @@ def main(argv: Optional[Sequence[str]] = None, spent: float = 0.0) -> int:
         spent: of --seconds already, by imports.
     """
     argv = sys.argv[1:] if argv is None else argv
-    args = part_options(__doc__).parse_args(argv)
+    args = part_options("costs", __doc__).parse_args(argv)
     begin = time.monotonic() - spent
     torch.set_float32_matmul_precision("highest")
     benchmark = {

@@ -9,13 +9,15 @@ from typing import Optional
 from deltasam_fairseq.options import ranged
 
 
-def part_options(description: Optional[str]) -> argparse.ArgumentParser:
+def part_options(part: str, description: Optional[str]) -> argparse.ArgumentParser:
     """Return the options of a part; the driver, ``scripts/gpu/__main__.py``, passes them all.
 
     A part writes ``OUT/PART.json`` and ``WORK/PART.md`` and rewrites both as it goes.
     """
     options = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog=f"python -m scripts.gpu.{part}",
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
     add("--device", choices=("cuda", "cpu"), required=True, help="cpu: tiny shapes")

@@ -126,7 +126,7 @@ def faults(optimizer: str, mode: str, device: str) -> List[str]:
 
 def main() -> int:
     """Try them; return 0 if all is well."""
-    args = part_options(__doc__).parse_args()
+    args = part_options("smoke", __doc__).parse_args()
     deadline = time.monotonic() + args.seconds
     logging.disable(logging.INFO)
     warnings.simplefilter("ignore")

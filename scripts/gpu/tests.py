@@ -79,7 +79,7 @@ class Record:
 
 def main() -> int:
     """Run them; return 0 if none failed."""
-    args = part_options(__doc__).parse_args()
+    args = part_options("tests", __doc__).parse_args()
     begin = time.monotonic()
     args.work.mkdir(parents=True, exist_ok=True)
     record = Record(args.out / "tests.json", args.work / "tests.md")

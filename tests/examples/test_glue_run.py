@@ -189,7 +189,7 @@ class TestRunner:
         more = ["--methods", "adam", "--", *SMALL]
         run(prepared, tmp_path / "out", "--keep", "none", *more)
         text = run(prepared, tmp_path / "out", "--sharpness", *more, code=2)
-        assert "1 runs that are there kept no checkpoint" in text and "adam-seed1" in text
+        assert "1 existing runs kept no checkpoint" in text and "adam-seed1" in text
 
     def test_list_and_only(self, prepared, tmp_path):
         more = ["--tasks", "RTE", "CoLA", "--seeds", "1", "2", "--keep", "none"]
@@ -354,7 +354,8 @@ class TestSearch:
 
     def test_a_failed_run_ends_it_without_a_choice(self, raw, tmp_path):
         more = ["--rho", "0.5", "--", *SMALL, "optimizer.nonsense=1"]
-        assert "search.py: CoLA sam-rho0.5 seed 1 failed" in search(raw, tmp_path, *more, code=1)
+        text = search(raw, tmp_path, *more, code=1)
+        assert "python -m examples.glue.search: CoLA sam-rho0.5 seed 1 failed" in text
         assert not (tmp_path / "chosen.json").exists()
 
 

@@ -100,7 +100,7 @@ from examples.common import runner
 from examples.common.stage import Stage, module
 signal.signal(signal.SIGTERM, signal.default_int_handler)
 stage = Stage("stage", module("program"), Path("out/run"))
-sys.exit(runner.exit_code(lambda: runner.run_side_by_side([[stage]], 1, [{}])))
+sys.exit(runner.exit_code(lambda: runner.run_side_by_side([[stage]], 1, [{}]), "program"))
 """
 
 

@@ -49,7 +49,7 @@ def refused(capsys):
         capsys.readouterr()
         assert predict_glue.main([str(word) for word in argv]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("glue.predict: ")
+        assert error.startswith("python -m deltasam_fairseq.glue.predict: ")
         return error
 
     return run
@@ -163,4 +163,6 @@ def test_the_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([*command, *more], stderr=subprocess.PIPE, text=True, env=environment)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(f"glue.predict: --data {tmp_path}: no task.js")
+    assert result.stderr.splitlines()[-1].startswith(
+        f"python -m deltasam_fairseq.glue.predict: --data {tmp_path}: no task.js"
+    )

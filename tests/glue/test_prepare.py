@@ -715,9 +715,9 @@ def test_from_another_folder_and_twice(tmp_path, gpt2):
         command = command_of("glue", "out", "SST-2", gpt2, *words)
         done = subprocess.run(command, cwd=str(tmp_path), env=environment, capture_output=True)
         assert done.returncode == code
-    assert (
-        done.stderr.decode().splitlines()[-1].startswith("glue.prepare: glue/SST-2/train.tsv: 1 r")
-    )
+    program, message = done.stderr.decode().splitlines()[-1].split(": ", 1)
+    assert program == "python -m deltasam_fairseq.glue.prepare"
+    assert message.startswith("glue/SST-2/train.tsv: 1 r")
     assert sentences(tmp_path / "out", "valid", gpt2) == ["b"]
 
 

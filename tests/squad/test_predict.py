@@ -41,7 +41,7 @@ def refused(capsys):
         capsys.readouterr()
         assert predict_squad.main([str(word) for word in argv]) == 2
         error = capsys.readouterr().err
-        assert error.startswith("squad.predict: ")
+        assert error.startswith("python -m deltasam_fairseq.squad.predict: ")
         return error
 
     return run
@@ -175,7 +175,8 @@ def test_checkpoints_that_are_none(span_prediction, trained, tmp_path, refused):
         path = tmp_path / f"{name}.pt"
         path.write_bytes(content)
         message = refused(*common, "--path", trained[0], path)
-        assert f"squad.predict: --path: {path}" in message and "Traceback" not in message
+        assert f"python -m deltasam_fairseq.squad.predict: --path: {path}" in message
+        assert "Traceback" not in message
     path = tmp_path / "weights.pt"
     torch.save({"weight": torch.zeros(1)}, path)
     message = refused(*common, "--path", path)
@@ -219,4 +220,6 @@ def test_the_program(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
     result = subprocess.run([*command, *more], stderr=subprocess.PIPE, text=True, env=environment)
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith(f"squad.predict: --data {tmp_path}: no data")
+    assert result.stderr.splitlines()[-1].startswith(
+        f"python -m deltasam_fairseq.squad.predict: --data {tmp_path}: no data"
+    )

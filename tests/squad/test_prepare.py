@@ -585,4 +585,6 @@ def test_the_program_exits_with_one_line(bpes, tmp_path):
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
     )
     assert result.returncode == 2
-    assert result.stderr.splitlines()[-1].startswith("squad.prepare: --train ")
+    assert result.stderr.splitlines()[-1].startswith(
+        "python -m deltasam_fairseq.squad.prepare: --train "
+    )
