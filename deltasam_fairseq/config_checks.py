@@ -188,7 +188,7 @@ def check_restore_file(cfg: Any) -> None:
         raise FileNotFoundError(
             f"{option} {value}{looked_for} does not exist or is not a file, and fairseq would "
             f"start from scratch without it. Give the path of a checkpoint file, as seen from "
-            f"every rank, or leave {option} out to start from scratch on purpose."
+            f"every rank, or omit {option} to start from scratch on purpose."
         )
 
 

@@ -53,7 +53,7 @@ def option(default: Any, help: str, remedy: Optional[str] = None, **limits: floa
     """Return a field of a fairseq dataclass, for a number with a range.
 
     Args:
-        default: None where the option may be left out.
+        default: None where the option may be omitted.
         help: says what it is and its unit, then what the papers use; the range and the default are
             added to it.
         remedy: what the error says to give instead; default: what the option is.

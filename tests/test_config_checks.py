@@ -37,7 +37,7 @@ def test_missing_file_is_an_error(tmp_path, option):
     path = tmp_path / "roberta.pt"
     flag = "--" + option.replace("_", "-")
     for missing in (path, tmp_path, "s3://bucket/roberta.pt"):  # a folder is no checkpoint either
-        with pytest.raises(FileNotFoundError, match=f"{flag} {missing}.*leave {flag} out"):
+        with pytest.raises(FileNotFoundError, match=f"{flag} {missing}.*omit {flag}"):
             check_restore_file(checkpoint_config(tmp_path, **{option: str(missing)}))
     path.touch()
     check_restore_file(checkpoint_config(tmp_path, **{option: str(path)}))

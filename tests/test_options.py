@@ -13,10 +13,10 @@ from deltasam_fairseq.options import UsageError, check_options, check_range, opt
 
 @dataclass
 class Config(FairseqDataclass):
-    """Two options, one of which may be left out."""
+    """Two options, one of which may be omitted."""
 
     the_share: float = option(0.5, "share of all", above=0, at_most=1)
-    the_size: Optional[float] = option(None, "size", remedy="leave it out", at_least=2)
+    the_size: Optional[float] = option(None, "size", remedy="omit it", at_least=2)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,7 @@ def test_options_of_a_configuration():
     check_options(SimpleNamespace(), Config)  # a default is in its range
     with pytest.raises(UsageError, match="--the-share 2.0: .* at most 1; it is the share of all"):
         check_options(SimpleNamespace(the_share=2.0), Config)
-    with pytest.raises(UsageError, match="--the-size 1.0: must be finite .* leave it out"):
+    with pytest.raises(UsageError, match="--the-size 1.0: must be finite .* omit it"):
         check_options(SimpleNamespace(the_size=1.0), Config)
 
 

@@ -1,4 +1,4 @@
-"""Perturbations of word embeddings: drawing, climbing and projecting, a sentence at a time.
+"""Perturbations of word embeddings: draw, take an ascent step, project, each a sentence at a time.
 
 A perturbation ``delta`` has shape (B, T, C), one (T, C) block a sentence. Norms are those of a
 sentence's block as one vector of T x C numbers: ``2`` is L2 (Frobenius), ``inf`` the largest

@@ -103,7 +103,7 @@ def _groups(*lists: List[Tensor]) -> Iterator[Tuple[List[Tensor], ...]]:
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
-    """``rho / norm``; 0 where the norm is 0 (nothing to climb), NaN where it is not finite.
+    """``rho / norm``; 0 where the norm is 0 (no ascent direction), NaN where it is not finite.
 
     The NaN is on purpose: it reaches the loss at the perturbed weights and with it the
     non-finite handling of the training loop, without a read of the device.

@@ -62,7 +62,7 @@ def _weights(state: Dict[str, Any], path: str, raw: bool) -> Dict[str, Dict[str,
                 if torch.is_tensor(tensor) and _same_storage(tensor, averages):
                     modules[owner][other] = value
     elif raw:
-        raise UsageError(f"--raw: {path} has no average beside its weights; leave --raw out")
+        raise UsageError(f"--raw: {path} holds no average of its weights; omit --raw")
     return modules
 
 

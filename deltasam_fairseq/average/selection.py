@@ -106,7 +106,7 @@ def select_checkpoints(args: argparse.Namespace) -> List[str]:
         raise UsageError(f"{option} {n}: give one folder of checkpoints, not {args.inputs}")
     if option == "--best":
         if args.up_to is not None:
-            raise UsageError(f"--up-to {args.up_to}: has no meaning with --best; leave it out")
+            raise UsageError(f"--up-to {args.up_to}: has no meaning with --best; omit it")
         paths = _best(folder, n)
     else:
         pattern = _EPOCH if option == "--last-epochs" else _UPDATE

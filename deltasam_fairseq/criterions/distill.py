@@ -113,13 +113,15 @@ class Distill(Regulariser):
             "distill_hard": hard,
             "distill_soft": soft,
             "distill_teacher_loss": objective.losses(teacher_scores),
-            **_hits(objective, teacher_scores, scores),
+            **_agreement_counts(objective, teacher_scores, scores),
         }
         return RegularisedLosses((1 - self.weight) * hard + self.weight * soft, scores, terms)
 
 
-def _hits(objective: Objective, teacher_scores: Tensor, scores: Tensor) -> Dict[str, Tensor]:
-    """How many predictions there are, how many the teacher has right, how many are the same."""
+def _agreement_counts(
+    objective: Objective, teacher_scores: Tensor, scores: Tensor
+) -> Dict[str, Tensor]:
+    """Count predictions, those that the teacher has right, and those that both models share."""
     if not isinstance(objective, ClassObjective):
         return {}
     predicted = teacher_scores.argmax(dim=-1)
@@ -131,7 +133,7 @@ def _hits(objective: Objective, teacher_scores: Tensor, scores: Tensor) -> Dict[
 
 
 class _AgreementMetrics:
-    """Log what `_hits` counts, in percent of the predictions."""
+    """Log what `_agreement_counts` counts, in percent of the predictions."""
 
     @classmethod
     def reduce_metrics(cls, logging_outputs: Sequence[Dict[str, Any]]) -> None:

@@ -1,11 +1,11 @@
-"""FreeLB: training on the way of an adversary that climbs on the embeddings (Zhu et al. 2020).
+"""FreeLB: training along an adversary's ascent on the embeddings (Zhu et al. 2020).
 
     delta_0     ~ uniform, see `freelb_start`
     delta_{t+1} = project(delta_t + adv_lr g_t / ||g_t||),   g_t the gradient of l(x + delta_t, y)
     L           = 1/K sum_{t < K} l(x + delta_t, y)
 
 Every sentence has a perturbation, norms and a projection of its own. The gradient for the weights
-is the mean over the K steps, from the same backward passes that the adversary climbs by; dropout
+is the mean over the K steps, from the backward passes of the adversary; dropout
 masks are the same in all of them.
 """
 
@@ -80,9 +80,11 @@ class FreeLB(Regulariser):
         self.norm = {"l2": 2.0, "linf": math.inf}[str(cfg.adv_norm)]
 
     def __call__(self, batch: Batch, sum_only: bool) -> RegularisedLosses:
-        """With ``sum_only`` each step's graph is spent in the backward that the adversary climbs
-        by, and one step's activations live at a time. Otherwise all K graphs live until the
-        sentences' weights are known, for half a backward a step more.
+        """Return the mean loss of the K steps.
+
+        With ``sum_only`` the backward of the adversary's ascent frees each step's graph, and one
+        step's activations live at a time. Otherwise all K graphs live until the sentences' weights
+        are known, for half a backward more a step.
         """
         if not self.steps:
             return plain_losses(batch)
@@ -98,12 +100,12 @@ class FreeLB(Regulariser):
             with torch.enable_grad():
                 delta = delta.detach().requires_grad_()
                 step_losses = batch.objective.losses(batch.inner_scores(delta)) / self.steps
-                climb, *grads = batch.gradient(step_losses, delta, weights, keep_graph)
+                direction, *grads = batch.gradient(step_losses, delta, weights, keep_graph)
             for w, grad in zip(weights, grads):
                 if grad is not None:  # not in place: autograd may return one tensor twice
                     precomputed[w] = precomputed[w] + grad if w in precomputed else grad
             losses.append(step_losses if keep_graph else step_losses.detach())
-            delta = self._climbed(delta.detach(), climb)
+            delta = self._ascended(delta.detach(), direction)
         masks()
         scores = batch.scores(delta)
         losses.append(batch.objective.losses(scores) / self.steps)
@@ -116,7 +118,7 @@ class FreeLB(Regulariser):
             else None,
         )
 
-    def _climbed(self, delta: Tensor, gradient: Tensor) -> Tensor:
+    def _ascended(self, delta: Tensor, gradient: Tensor) -> Tensor:
         """``project(delta + adv_lr g / ||g||)``."""
         delta = delta + self.lr * normalised(gradient, self.norm)
         return project(delta, self.max_norm, self.norm) if self.max_norm else delta

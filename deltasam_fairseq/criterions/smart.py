@@ -126,8 +126,8 @@ class SMART(Regulariser):
             with torch.enable_grad():
                 delta = delta.detach().requires_grad_()
                 divergence = batch.objective.divergence(batch.inner_scores(delta), scores)
-                climb = batch.direction(divergence, delta, math.inf)
-            delta = project(delta.detach() + self.step_size * climb, self.eps, math.inf)
+                ascent = batch.direction(divergence, delta, math.inf)
+            delta = project(delta.detach() + self.step_size * ascent, self.eps, math.inf)
         return delta
 
     # The average of weights

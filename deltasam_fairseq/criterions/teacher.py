@@ -68,7 +68,7 @@ class Teacher:
             if limit is not None and key in inputs and inputs[key].size(1) > limit:
                 raise ValueError(
                     f"--distill-teacher: a sentence of {inputs[key].size(1)} tokens is longer than "
-                    f"the {limit} positions of the teacher; cut or leave out longer ones, with "
+                    f"the {limit} positions of the teacher; cut or drop longer ones, with "
                     "--max-positions (--max-source-positions, --max-target-positions)"
                 )
 

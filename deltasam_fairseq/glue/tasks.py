@@ -112,7 +112,7 @@ GLUE = tuple(name for name in TASKS if name != "ORDER")
 
 FAIRSEQ_SYMBOLS = ("<s>", "<pad>", "</s>", "<unk>", "<mask>")
 
-# Columns by which a prediction is told apart; a test file without one is numbered from 0.
+# Columns that identify a prediction; a test file without one is numbered from 0.
 ID_COLUMNS = ("index", "id")
 MRPC_REMEDY = """\
 the download broke off before GLUE's split of MRPC into train and dev. \
@@ -275,7 +275,7 @@ def _is_score(text: str, highest: float) -> bool:
     return math.isfinite(score) and (not highest or 0 <= score <= highest)
 
 
-# What a sentence looks like -> what to say of its rows, and what may be done.
+# What a sentence by_appearance like -> what to say of its rows, and what may be done.
 HINTS = {
     '".*"".*"': (
         "look quoted as in CSV",
@@ -343,7 +343,7 @@ def own_task(
         return task
     labels = sorted(set(read_table(train, task).labels))
     numbers: Dict[float, str] = {}
-    looks: Dict[str, str] = {}
+    by_appearance: Dict[str, str] = {}
     folded: Dict[str, str] = {}
     for label in labels:
         if not label or label in FAIRSEQ_SYMBOLS:
@@ -351,7 +351,7 @@ def own_task(
         same = folded.setdefault(label.casefold(), label)
         if same != label:
             print(f"{train}: labels {same!r} and {label!r} differ in case: they are two classes")
-        same = looks.setdefault(_visible(label), label)
+        same = by_appearance.setdefault(_visible(label), label)
         if same != label:
             raise DataError(
                 f"{train}: the labels {same!a} and {label!a} look the same; write it in one way"
@@ -383,15 +383,15 @@ def _has_header(train: Path, task: Task, scores: bool) -> bool:
     the same sentences; with scores, if its label is no number, and that of the next row is.
 
     Raises:
-        DataError: it cannot be told, or only some of the files have one.
+        DataError: it is undecidable, or only some of the files have one.
     """
-    *places, place = (task.names.index(column) for column in (*task.sentences, task.label))
+    *columns, label_column = (task.names.index(column) for column in (*task.sentences, task.label))
 
     def sentences(row: Sequence[str]) -> List[str]:
-        return [row[i] for i in places if i < len(row)]
+        return [row[i] for i in columns if i < len(row)]
 
     def label(row: Sequence[str]) -> str:
-        return row[place].strip() if place < len(row) else ""
+        return row[label_column].strip() if label_column < len(row) else ""
 
     first, *rest = read_lines(train) or [[]]
     others = [train.with_name(f"{file}.tsv") for file in (*task.valid, *task.test)]
@@ -428,18 +428,18 @@ def _tests_with_header(train: Path, task: Task, scores: bool) -> Tuple[str, ...]
     Its cells are names of columns; or its label is none of train.tsv's and those of the other rows
     are; or it has a word over a column of numbers.
     """
-    places = [task.names.index(column) for column in task.sentences]
-    place = task.names.index(task.label)
-    labels = {row[place].strip() for row in read_lines(train) if place < len(row)}
+    columns = [task.names.index(column) for column in task.sentences]
+    label_column = task.names.index(task.label)
+    labels = {r[label_column].strip() for r in read_lines(train) if label_column < len(r)}
 
     def is_header(first: Sequence[str], rest: Sequence[Sequence[str]]) -> bool:
         if all(_COLUMN.fullmatch(cell) for cell in first):
             return True
         for at, (top, *below) in enumerate(zip(first, *rest)):
-            if at == place and not scores:
+            if at == label_column and not scores:
                 known = top not in labels and labels.issuperset(below)
             else:
-                known = at not in places and not _is_score(top, 0)
+                known = at not in columns and not _is_score(top, 0)
                 known = known and all(_is_score(cell, 0) for cell in below)
             if known:
                 return True

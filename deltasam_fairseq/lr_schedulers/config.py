@@ -39,7 +39,7 @@ class SWAConfig(FairseqDataclass):
         None,
         "exponential average with this decay, such as 0.999, instead of the uniform "
         "mean (default), which it is for the first 1 / (1 - decay) weights",
-        remedy="such as 0.999; leave it out for the uniform mean",
+        remedy="such as 0.999; omit it for the uniform mean",
         above=0,
         below=1,
     )
@@ -48,7 +48,7 @@ class SWAConfig(FairseqDataclass):
         "constant learning rate after --swa-start; with --swa-cycle-length "
         "the lowest of a cycle. Default: the schedule goes on as it would without averaging. "
         "Lu et al.: a high constant rate, such as that of the peak",
-        remedy="leave it out for that of the schedule",
+        remedy="omit it for that of the schedule",
         above=0,
     )
     swa_anneal: int = option(
@@ -66,14 +66,14 @@ class SWAConfig(FairseqDataclass):
         "instead of a constant rate, cycles of this many updates, in which "
         " the rate falls from --swa-cycle-lr to --swa-lr; the weights at the end of "
         "every cycle enter the average",
-        remedy="it is a number of updates; leave it out for a constant rate",
+        remedy="it is a number of updates; omit it for a constant rate",
         at_least=1,
     )
     swa_cycle_lr: Optional[float] = option(
         None,
         "learning rate from which every cycle falls, at least --swa-lr. Default: the "
         "schedule's at --swa-start",
-        remedy="leave it out for that of the schedule",
+        remedy="omit it for that of the schedule",
         above=0,
     )
     swa_device: ChoiceEnum(["model", "cpu"]) = field(  # type: ignore[valid-type]
@@ -186,7 +186,7 @@ def check_swa_config(cfg: Any) -> None:
         "swa_anneal",
         anneal,
         "has a meaning only on the way to a constant --swa-lr; "
-        + ("leave it or --swa-cycle-length out" if length is not None else "give --swa-lr too"),
+        + ("omit it or --swa-cycle-length" if length is not None else "give --swa-lr too"),
     )
     require(
         length is None or cfg.swa_lr is not None,

@@ -219,7 +219,7 @@ def check_start(
         raise ValueError(
             "--skip-remainder-batch: without its last batch an epoch has fewer batches than "
             "--update-freq, so that no update is ever made and there is nothing to average; give a "
-            "smaller --update-freq or leave --skip-remainder-batch out"
+            "smaller --update-freq or omit --skip-remainder-batch"
         )
     end = max_update if max_update > 0 else math.inf
     if max_epoch > 0:

@@ -1,4 +1,4 @@
-"""fairseq optimizers that climb before they step, one for every base optimizer of fairseq."""
+"""fairseq optimizers that take an ascent step first, one for every base optimizer of fairseq."""
 
 from deltasam_fairseq.optim.config import DeltaSAMConfig, SAMConfig
 from deltasam_fairseq.optim.register import register_sharpness_aware_optimizers

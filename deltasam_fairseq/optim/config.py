@@ -98,7 +98,7 @@ class DeltaSAMConfig(SAMConfig):
         "Default: rho in float32; in half precision 0.35 times the cube root of the unit "
         "roundoff times the norm of the weights, because a probe of radius rho would be "
         "rounded away (the weights of the sentences do not depend on it)",
-        remedy="leave it out for the rule",
+        remedy="omit it for the rule",
         above=0,
     )
 
@@ -107,7 +107,7 @@ def _check_pattern(pattern: Optional[str]) -> None:
     if pattern is None:
         return
     example = "layer_norm perturbs all layer normalisations"
-    require(bool(pattern), "sam_only", "''", f"is empty; leave it out to perturb all; {example}")
+    require(bool(pattern), "sam_only", "''", f"is empty; omit it to perturb all; {example}")
     try:
         re.compile(pattern)
     except re.error as e:

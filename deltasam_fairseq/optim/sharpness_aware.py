@@ -260,9 +260,9 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         """
         self._ahead = None  # what is left of its direction may be overwritten
         found = [(p, p.grad) for p in params if p.grad is not None]
-        climbing = [p for p, _ in found]
+        parameters = [p for p, _ in found]
         grads = [g.to_dense() if g.is_sparse else g for _, g in found]
-        values = self.weights.values(climbing)
+        values = self.weights.values(parameters)
         rounding = None
         if self.half_dtype is not None and grads:
             generator = update_generator(seed, update, ROUNDING, params[0].device)
@@ -277,7 +277,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             return asam_ascent_(out, values, grads, self.rho, self.eta, rounding)
 
         with torch.autograd.profiler.record_function("sam-perturb"):
-            ascent = self.weights.move(climbing, write)
+            ascent = self.weights.move(parameters, write)
         self._ready_to_step = True
         return ascent
 

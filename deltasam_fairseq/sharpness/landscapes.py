@@ -186,7 +186,7 @@ def measure(
     Raises:
         UsageError: if per-instance sharpness makes no sense for the criterion.
     """
-    spare = landscapes.direction()
+    direction = landscapes.direction()
     for batch in batches:
         landscape = landscapes.of(batch.sample)
         clean = clean_losses(landscape)
@@ -197,8 +197,8 @@ def measure(
         reweighted, cosines = [], []
         if landscapes.per_sentence:
             for rho in rhos:
-                draw_direction_(spare, probe_generator(seed, batch.number, clean.device))
-                delta_sam = delta_sam_direction(landscape, clean, spare, rho, beta)
+                draw_direction_(direction, probe_generator(seed, batch.number, clean.device))
+                delta_sam = delta_sam_direction(landscape, clean, direction, rho, beta)
                 reweighted.append(mean_rise(landscape, clean, delta_sam, rho))
                 cosines.append(cosine(sam, delta_sam))
 
@@ -207,8 +207,8 @@ def measure(
             lines = []
             for k in range(random_directions):
                 # Negative: no batch has this number, so that no probe is drawn again.
-                draw_direction_(spare, probe_generator(seed, -1 - k, clean.device))
-                lines.append(loss_curve(landscape, spare, radii))
+                draw_direction_(direction, probe_generator(seed, -1 - k, clean.device))
+                lines.append(loss_curve(landscape, direction, radii))
             curves = Curves(
                 sam=loss_curve(landscape, sam, radii).cpu(),
                 delta_sam=loss_curve(landscape, delta_sam, radii).cpu() if delta_sam else None,

@@ -171,5 +171,5 @@ def check(args: argparse.Namespace) -> None:
         except ImportError:
             raise UsageError(
                 f"--plot {args.plot}: matplotlib is not installed; run pip install matplotlib "
-                "(or install deltasam_fairseq with its extra, [report]), or leave --plot out"
+                "(or install deltasam_fairseq with its extra, [report]), or omit --plot"
             ) from None

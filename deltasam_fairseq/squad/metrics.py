@@ -47,7 +47,7 @@ def score_answer(predicted: str, golds: Sequence[str], version_2: bool) -> Tuple
     Args:
         predicted: empty for no answer.
         golds: empty for a question that has no answer (SQuAD 2.0).
-        version_2: by the rules of SQuAD 2.0, which leave out golds that normalise to nothing.
+        version_2: by the rules of SQuAD 2.0, which ignore golds that normalise to nothing.
     """
     if version_2:
         golds = [gold for gold in golds if normalised_answer(gold)] or [""]

@@ -108,7 +108,7 @@ class SpanPredictionTask(FairseqTask):
         if self.needs_answers and not splits[split].get("labelled", True):
             raise ValueError(
                 f"{data}: the split {split} has no answers, so that there is nothing to train on "
-                "or to validate with; leave it out of --valid-subset, and use "
+                "or to validate with; remove it from --valid-subset, and use "
                 "python -m deltasam_fairseq.squad.predict for its answers"
             )
         tokens = data_utils.load_indexed_dataset(str(data / split), self.dictionary)

@@ -103,9 +103,9 @@ def _with_dropped(text: str, spans: Sequence[Tuple[int, int]]) -> List[Tuple[int
     return found
 
 
-def _reach(text: str, places: Iterable[int], reached: int) -> int:
-    """Return the last visible one of the places before white space; ``reached`` if none is."""
-    for i in places:
+def _reach(text: str, positions: Iterable[int], reached: int) -> int:
+    """Return the last visible one of the positions before white space; ``reached`` if none is."""
+    for i in positions:
         if text[i].isspace():
             break
         reached = i if _is_visible(text[i]) else reached

@@ -45,7 +45,7 @@ class AveragingTrainer(Trainer):
     def _build_optimizer(self) -> None:
         super()._build_optimizer()
         self._named = self._trained_by_name()
-        self.weight_average = None  # fairseq builds anew when it resumes: not two at a time
+        self.weight_average = None  # fairseq builds another when it resumes: free the first
         scheduler = self._lr_scheduler
         if not isinstance(scheduler, SWAScheduler):
             return
@@ -154,7 +154,7 @@ class AveragingTrainer(Trainer):
     ) -> Any:
         """fairseq's; training goes on from the weights themselves, and so does their average.
 
-        The average is that of the schedule's phase: without the saved schedule it begins anew.
+        The average is that of the schedule's phase: without the saved schedule it starts again.
         """
         extra_state = super().load_checkpoint(
             filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
@@ -177,7 +177,7 @@ class AveragingTrainer(Trainer):
             logger.warning(
                 f"{filename} holds an average of {saved[N]} weights; training goes on from the "
                 "weights themselves and without it, as --reset-lr-scheduler is given: averaging "
-                f"begins anew from {scheduler.start} on"
+                f"starts again from {scheduler.start} on"
             )
         elif saved[N]:
             logger.warning(

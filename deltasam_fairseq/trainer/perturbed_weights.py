@@ -88,7 +88,7 @@ class PerturbedWeights:
                 raise
             raise ValueError(
                 f"--sam-only {self._pattern}: the loss depends on none of the weights that match, "
-                "so there is nothing to climb; choose weights that take part, such as layer_norm"
+                "so there is nothing to perturb; choose weights that take part, such as layer_norm"
             ) from e
         finally:
             for p in others:

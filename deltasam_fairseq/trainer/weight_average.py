@@ -114,10 +114,10 @@ class WeightAverage:
             twice is one tensor, and stands in a file once.
         """
         values = {name: value.cpu() for name, value in (self.averages or raw).items()}
-        places = {self._parameters[name].data_ptr(): value for name, value in values.items()}
+        by_address = {self._parameters[name].data_ptr(): value for name, value in values.items()}
         for state in states:
             for key, value in (state or {}).items():
-                own = places.get(value.data_ptr()) if torch.is_tensor(value) else None
+                own = by_address.get(value.data_ptr()) if torch.is_tensor(value) else None
                 if own is not None and own.shape == value.shape and value.numel():
                     state[key] = own  # type: ignore[index]
         if self.n == 0:
@@ -147,7 +147,7 @@ def raw_weights(state: Mapping[str, Any], parameters: Mapping[str, Parameter]) -
     if shapes != {name: p.shape for name, p in parameters.items()}:
         raise ValueError(
             "the checkpoint holds an average of other weights than those trained now; resume with "
-            "the same model and criterion, or start anew from it with --reset-optimizer or "
+            "the same model and criterion, or start again from it with --reset-optimizer or "
             "--finetune-from-model"
         )
     return raw

@@ -35,7 +35,7 @@ def train_vocabulary(lines: List[str], size: int, out: Path, kind: str = "unigra
 
 
 def main() -> None:
-    """Leave the first ``--skip`` lines out, validate on the next ones, train on the rest."""
+    """Skip the first ``--skip`` lines, validate on the next ones, train on the rest."""
     parser = argparse.ArgumentParser(
         prog="python -m examples.common.pretraining_data", description=__doc__.splitlines()[0]
     )

@@ -69,9 +69,9 @@ def table(runs: Sequence[Dict[str, Any]]) -> pd.DataFrame:
     digits = {"valid loss": 3, "sharpness": 4}
     rows = pd.DataFrame({"seeds": sizes.astype(str)})
     for name in means.columns[:-1]:
-        places = digits.get(name, 1)
+        decimals = digits.get(name, 1)
         rows[name] = [
-            "-" if pd.isna(m) else f"{m:.{places}f}" + ("" if n < 2 else f" ± {s:.{places}f}")
+            "-" if pd.isna(m) else f"{m:.{decimals}f}" + ("" if n < 2 else f" ± {s:.{decimals}f}")
             for m, s, n in zip(means[name], stds[name], sizes)
         ]
     time = means["time (s)"]

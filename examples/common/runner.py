@@ -138,7 +138,7 @@ def _make(
             f"{stage.title} failed with code {process.returncode}\n{shown}\nlog: {log}"
         )
     seconds = round(time.monotonic() - begin, 1)
-    for pattern in stage.spare:
+    for pattern in stage.removed_when_done:
         for path in partial.glob(pattern):
             path.unlink()
     started.unlink()

@@ -29,9 +29,9 @@ class Stage(NamedTuple):
         out: the folder in which the results are found afterwards.
         inputs: folders of earlier stages that it reads; remade whenever one of them was.
         seconds: expected on two cores, 0 if not known.
-        spare: patterns of files that are removed when it is done.
-        files: that it reads, beside the absolute paths in the command; remade whenever the content
-            of one of them is another.
+        removed_when_done: patterns of files to remove when the command has ended well.
+        files: that it reads besides the absolute paths in the command; remade whenever the content
+            of one of them changes.
     """
 
     title: str
@@ -39,12 +39,12 @@ class Stage(NamedTuple):
     out: Path
     inputs: Sequence[Path] = ()
     seconds: int = 0
-    spare: Sequence[str] = ()
+    removed_when_done: Sequence[str] = ()
     files: Sequence[Path] = ()
 
 
 def fingerprint(stage: Stage) -> str:
-    """Tell by the command and by what it reads whether a result is still good.
+    """Hash the command and what it reads; a result with another hash is out of date.
 
     By which name Python was started makes no difference.
     """
@@ -54,8 +54,8 @@ def fingerprint(stage: Stage) -> str:
     given = [Path(word) for word in arguments if os.path.isabs(word) and os.path.isfile(word)]
     made = [folder.absolute() for folder in stage.inputs]  # known by their fingerprints
     given = [p for p in given if p.suffix != ".py" and not any(f in p.parents for f in made)]
-    told = [program, *arguments, *inputs, *map(content, [*given, *stage.files])]
-    return hashlib.sha256("\0".join(told).encode()).hexdigest()
+    identity = [program, *arguments, *inputs, *map(content, [*given, *stage.files])]
+    return hashlib.sha256("\0".join(identity).encode()).hexdigest()
 
 
 def content(path: Path) -> str:

@@ -184,7 +184,7 @@ def report(args: argparse.Namespace, data: Path) -> str:
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the arguments and how to mend it, or None."""
+    """Return an error in the arguments, with its remedy, or None."""
     args.methods, args.seeds = list(dict.fromkeys(args.methods)), list(dict.fromkeys(args.seeds))
     for name in args.methods:
         if name not in METHODS:

@@ -154,7 +154,7 @@ class Trainings:
 
     def run(self, jobs: Sequence[Sequence[Stage]], options: argparse.Namespace) -> None:
         """Make the jobs side by side; those that fail are reported."""
-        failed = run_side_by_side(jobs, 1, glue.places(options, self.gpus))
+        failed = run_side_by_side(jobs, 1, glue.device_environments(options, self.gpus))
         print(*failed.values(), sep="\n", flush=True)
 
     def convert(self) -> None:

@@ -206,7 +206,7 @@ def teacher_of(args: argparse.Namespace, method: str, task: str) -> Optional[Pat
 
 
 def check_common(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the common options and how to mend it, or None; sets defaults."""
+    """Return an error in the common options, with its remedy, or None; set defaults."""
     args.recipe = args.recipe or OWN_RECIPES.get(args.backbone, args.backbone)
     for name in ("tasks", "seeds"):
         setattr(args, name, list(dict.fromkeys(getattr(args, name))))
@@ -284,7 +284,7 @@ def size_overrides(args: argparse.Namespace, task: str) -> List[str]:
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    """Return an error in the arguments, with its remedy, or None; set defaults."""
     args.methods = list(dict.fromkeys(args.methods))
     if (args.glue_dir is None) == (args.data is None):
         return "give either --glue-dir, GLUE's TSV files, or --data, prepared data"
@@ -337,7 +337,7 @@ def read_chosen(
     if paths and lacking:
         raise ValueError(
             f"--chosen {' '.join(map(str, paths))}: lacks {lacking[0]}; run search.py for it, or "
-            "leave it out of --tasks"
+            "remove it from --tasks"
         )
     return chosen
 
@@ -414,7 +414,7 @@ def training(
         *args.sizes[task],
         *overrides,
     ]
-    spare = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
+    removed = ["checkpoint_last.pt"] + (["checkpoint_best.pt"] if args.keep == "none" else [])
     data = args.data / task
     groups = [word[1:].split("=", 1) for word in command if word.startswith("+") and "=" in word]
     return Stage(
@@ -422,7 +422,7 @@ def training(
         command,
         args.out / task / f"{name}-seed{seed}",
         [data],
-        spare=spare,
+        removed_when_done=removed,
         files=[
             CONFIG / "glue.yaml",
             *(CONFIG / group / f"{value}.yaml" for group, value in groups),
@@ -431,8 +431,8 @@ def training(
     )
 
 
-def taught(stage: Stage, teacher: Optional[Path]) -> Stage:
-    """Return the stage of a run with its teacher, if it has one; made again when that was."""
+def with_teacher(stage: Stage, teacher: Optional[Path]) -> Stage:
+    """Add the teacher, if there is one, to the stage of a run; another teacher remakes it."""
     if teacher is None:
         return stage
     return stage._replace(
@@ -448,10 +448,10 @@ def absolute(args: argparse.Namespace) -> None:
         setattr(args, name, None if path is None else path.absolute())
 
 
-def places(args: argparse.Namespace, gpus: int) -> List[Dict[str, str]]:
-    """Return the environment of each place where a run can be made."""
-    told = os.environ.get("CUDA_VISIBLE_DEVICES")
-    own = told.split(",") if told else [str(i) for i in range(gpus)]
+def device_environments(args: argparse.Namespace, gpus: int) -> List[Dict[str, str]]:
+    """Return one environment for each run that goes on at the same time: its GPU, if any."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    own = visible.split(",") if visible else [str(i) for i in range(gpus)]
     return [
         {"CUDA_VISIBLE_DEVICES": own[i % gpus]} if gpus else {}
         for i in range(args.jobs or max(gpus, 1))
@@ -474,7 +474,7 @@ def main() -> int:
     encoding = preparation(args)
     # The runs of a seed together, so that early reports compare methods.
     runs = [
-        taught(
+        with_teacher(
             training(
                 args,
                 task,
@@ -517,7 +517,7 @@ def main() -> int:
         if args.only is not None:
             run_all(jobs[args.only], args.cores)
         else:
-            failed.update(run_side_by_side(jobs, args.cores, places(args, gpus)))
+            failed.update(run_side_by_side(jobs, args.cores, device_environments(args, gpus)))
 
     code = exit_code(work, options.prog)
     if code or args.only is not None:

@@ -52,7 +52,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> str:
-    """Return what is wrong with the arguments and how to mend it, or nothing; sets defaults."""
+    """Return an error in the arguments, with its remedy, or an empty string; set defaults."""
     if args.glue_dir is None:
         return "give --glue-dir, GLUE's TSV files: the rows to hold out are taken from train.tsv"
     for name in ("lr", "rho", "beta"):
@@ -104,7 +104,9 @@ def try_out(
         for task in args.tasks
         for values in trials[task]
     ]
-    failed = run_side_by_side([[s] for s in stages], args.cores, glue.places(args, gpus))
+    failed = run_side_by_side(
+        [[s] for s in stages], args.cores, glue.device_environments(args, gpus)
+    )
     if failed:
         raise StageError("\n".join(failed.values()))
     chosen: Chosen = {}
@@ -124,7 +126,7 @@ def try_out(
 
 
 def record_of(args: argparse.Namespace, overrides: List[str]) -> Dict[str, Any]:
-    """Return what a choice depends on beside the task."""
+    """Return what a choice depends on besides the task."""
     return {
         "backbone": args.backbone,
         "recipe": args.recipe,

@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    """Return an error in the arguments, with its remedy, or None; set defaults."""
     args.task = args.task or (BUILT_IN if args.glue_dir is None else None)
     if args.task is None:
         return f"--task is missing: name one of {', '.join(sorted(TASKS))}"

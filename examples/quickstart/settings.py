@@ -80,7 +80,7 @@ CRITERIONS = (PLAIN, "r3f", "r_drop", "freelb", "smart", "vat")
 
 
 class Metric(NamedTuple):
-    """What a task is judged by: a key of fairseq's log, and the flag that makes it appear."""
+    """A task's metric: a key of fairseq's log, and the flag that makes it appear."""
 
     name: str
     flags: List[str]

@@ -1,7 +1,7 @@
 """Make a sentence classification task out of plain sentences: are the words in order?
 
 Half of the sentences stay as they were written (label 1); in the other half a few neighbouring
-words change places (label 0).  The files are in the layout of GLUE's SST-2.
+words swap (label 0).  The files are in the layout of GLUE's SST-2.
 
     python -m examples.quickstart.word_order_task --text text.txt \\
         --train 4000 --dev 1000 --out glue/ORDER
@@ -18,10 +18,10 @@ from typing import List, Sequence, Set
 def disturb(sentence: str, swaps: int, rng: random.Random) -> str:
     """Exchange ``swaps`` pairs of unequal neighbours; the first word and the full stop stay."""
     words = sentence[:-1].split()
-    places = [i for i in range(1, len(words) - 1) if words[i].lower() != words[i + 1].lower()]
-    rng.shuffle(places)
+    positions = [i for i in range(1, len(words) - 1) if words[i].lower() != words[i + 1].lower()]
+    rng.shuffle(positions)
     taken: Set[int] = set()
-    for i in places:
+    for i in positions:
         if swaps and not {i, i + 1} & taken:
             words[i], words[i + 1] = words[i + 1], words[i]
             taken |= {i, i + 1}

@@ -1,8 +1,8 @@
 """Make a small data set of questions and answers in SQuAD's format, out of nothing.
 
 A context tells seven things about a person: where she lives, where she was born, what she does,
-what she likes to eat, ...  A question asks for one of them.  All answers but those of the two
-places can be told by their kind; with --people 2 none can.
+what she likes to eat, ...  A question asks for one of them.  A question's kind tells
+its answer, except for the two places; with --people 2 it tells none.
 
     python -m examples.squad.make_data --out qa --train 4000 --dev 500
     python -m examples.squad.make_data --out qa2 --unanswerable 0.3    # as SQuAD 2.0
@@ -26,9 +26,9 @@ PEOPLE = (
 
 
 class Fact(NamedTuple):
-    """A kind of fact: how it is told, how it is asked for, and what the answers can be."""
+    """A kind of fact: its statement, its question and the possible answers."""
 
-    told: str
+    statement: str
     asked: str
     values: Sequence[str]
 
@@ -63,16 +63,16 @@ def paragraph(number: int, people: int, unanswerable: float, rng: random.Random)
         unanswerable: probability that the question is about someone else.
     """
     *names, stranger = rng.sample(PEOPLE, people + 1)
-    told = [(i, name) for i in range(len(FACTS)) for name in names]
+    stated = [(i, name) for i in range(len(FACTS)) for name in names]
     shuffled = {id(fact.values): rng.sample(fact.values, len(fact.values)) for fact in FACTS}
-    values = {(i, name): shuffled[id(FACTS[i].values)].pop() for i, name in told}
-    rng.shuffle(told)
-    asked, about = rng.choice(told)
+    values = {(i, name): shuffled[id(FACTS[i].values)].pop() for i, name in stated}
+    rng.shuffle(stated)
+    asked, about = rng.choice(stated)
     impossible = rng.random() < unanswerable
     context, answer = "", {}
-    for i, name in told:
+    for i, name in stated:
         what = values[i, name]
-        sentence = FACTS[i].told.format(who=name, what=what)
+        sentence = FACTS[i].statement.format(who=name, what=what)
         if (i, name) == (asked, about):
             answer = {"text": what, "answer_start": len(context) + sentence.index(what)}
         context += sentence + " "

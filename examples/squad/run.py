@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def check(args: argparse.Namespace) -> Optional[str]:
-    """Return what is wrong with the arguments and how to mend it, or None; sets defaults."""
+    """Return an error in the arguments, with its remedy, or None; set defaults."""
     given = {name: getattr(args, name) for name in ("train", "valid", "checkpoint")}
     missing = [f"--{name}" for name, path in given.items() if path is None]
     if 0 < len(missing) < 3:

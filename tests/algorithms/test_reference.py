@@ -39,7 +39,7 @@ def test_sam_and_per_instance_of_linear_losses_by_hand():
 def test_delta_sam_of_linear_losses_by_hand():
     """Same losses, u = (1, 0): a = (3 rho, 0), g = (1, 0), r = beta (3/2) / 3 = beta / 2.
 
-    beta 2: g' = ((1 - 1/2) 1 + 1/2, (0 - 1/2) 1 + 1/2) = (1, 0): only the first is climbed.
+    beta 2: g' = ((1 - 1/2) 1 + 1/2, (0 - 1/2) 1 + 1/2) = (1, 0): only the first moves.
     """
     losses, w = linear(torch.tensor([[3.0, 0.0], [0.0, 4.0]]).double()), torch.ones(2).double()
     found = delta_sam_reference(losses, w, torch.tensor([2.0, 0.0]).double(), 0.5, 2.0)

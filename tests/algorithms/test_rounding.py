@@ -111,7 +111,7 @@ def test_moves_a_list_of_tensors(dtype, masters):
 
 @halves
 def test_in_bulk_is_tensor_by_tensor_in_distribution(dtype, monkeypatch):
-    """Cut into pieces of 1000 where a tensor is larger, else together: none is left out."""
+    """Cut into pieces of 1000 where a tensor is larger, else together: none is skipped."""
     monkeypatch.setitem(rounding._AT_A_TIME, "cpu", 1000)
     weights = [torch.ones(n) for n in (5, 2500, 990, 20, 1000)]
     eps = torch.finfo(dtype).eps
@@ -141,7 +141,7 @@ def test_float32_weights_get_values_that_a_cast_leaves_alone(dtype):
 
 @halves
 @pytest.mark.parametrize("scale", [0.0, float("nan")])
-def test_nothing_to_climb_and_nothing_finite(dtype, scale):
+def test_zero_and_non_finite_directions(dtype, scale):
     weights, grads = ascent(dtype, masters=True)
     out = [w.to(dtype) for w in weights]
     rounded_to = StochasticRounding(dtype, generator())

@@ -259,7 +259,7 @@ ERRORS = {
     "two folders": (["{run}", "{run}", "--best", "1"], ["--best 1", "one folder"]),
     "best up to": (["{run}", "--best", "1", "--up-to", "3"], ["--up-to 3", "--best"]),
     "files up to": (["{run}/checkpoint1.pt", "--up-to", "3"], ["--up-to 3", "--last-epochs"]),
-    "raw of a run without": (["{run}/checkpoint1.pt", "--raw"], ["--raw", "leave --raw out"]),
+    "raw of a run without": (["{run}/checkpoint1.pt", "--raw"], ["--raw", "omit --raw"]),
     "no checkpoint": (["{file}"], ["{file}", "checkpoint"]),
     "another model": (["{run}/checkpoint1.pt", "{other}"], ["{other}", "another model", "w"]),
 }

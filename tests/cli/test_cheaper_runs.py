@@ -20,8 +20,8 @@ def test_updates_without_an_ascent_have_no_figures_of_one(classification, tmp_pa
     run = runs.train(classification, tmp_path, *options, "--max-update", "8")
     keys = OF_AN_ASCENT[optimizer]
     for log in run.updates:
-        climbed = int(log["num_updates"]) in (2, 5, 8)
-        assert keys & set(log) == (keys if climbed else set())
+        ascended = int(log["num_updates"]) in (2, 5, 8)
+        assert keys & set(log) == (keys if ascended else set())
         assert None not in log.values() and "loss" in log
     assert [log["num_updates"] for log in run.updates] == [str(i + 1) for i in range(8)]
 

@@ -18,7 +18,7 @@ ERRORS = {
     "beta nan": ([*DELTA, "--delta-sam-beta", "nan"], ["--delta-sam-beta nan", "finite"]),
     "probe of radius 0": (
         [*DELTA, "--delta-sam-probe-radius", "0"],
-        ["--delta-sam-probe-radius 0", "above 0", "leave it out"],
+        ["--delta-sam-probe-radius 0", "above 0", "omit it"],
     ),
     "beta without delta-SAM": (
         [*SAM, "--delta-sam-beta", "3"],
@@ -43,14 +43,14 @@ ERRORS = {
         [*SAM, "--sam-only", "layers.(0|1"],
         ["--sam-only layers.(0|1", "no regular expression", "layer_norm"],
     ),
-    "empty pattern": ([*DELTA, "--sam-only", ""], ["--sam-only ''", "leave it out"]),
+    "empty pattern": ([*DELTA, "--sam-only", ""], ["--sam-only ''", "omit it"]),
     "fraction of adam": (["--sam-ascent-fraction", "0.5"], ["--sam-ascent-fraction", "sam_*"]),
     "rho of adam": (["--optimizer", "adam", "--sam-rho", "0.1"], ["--sam-rho", "sam_*"]),
     "beta of adam": (["--delta-sam-beta", "1"], ["--delta-sam-beta", "delta_sam_*"]),
     "optimizer that is none": (["--optimizer", "sam_adamw"], ["--optimizer", "sam_adamw"]),
     "no such checkpoint": (
         [*SAM, "--restore-file", "/no/such.pt"],
-        ["--restore-file /no/such.pt", "does not exist", "leave --restore-file out"],
+        ["--restore-file /no/such.pt", "does not exist", "omit --restore-file"],
     ),
     "no such checkpoint, without SAM": (
         ["--finetune-from-model", "/no/such.pt"],

@@ -293,8 +293,8 @@ class TestToFairseq:
         hf, folder = folder_of(tmp_path, family, num_labels=1)
         to_fairseq(folder, tmp_path / "fs")
         (tmp_path / "fs" / "task.json").write_text(json.dumps({"scale": 5.0}))
-        told = to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "back", folder)
-        assert "scores times 5" in told[-1]
+        messages = to_hf(tmp_path / "fs" / "model.pt", tmp_path / "fs", tmp_path / "back", folder)
+        assert "scores times 5" in messages[-1]
         auto = transformers.AutoModelForSequenceClassification
         batch = bert_batch() if family == "bert" else roberta_batch()
         found = auto.from_pretrained(tmp_path / "back").eval()(**batch).logits

@@ -52,11 +52,11 @@ def loaded(path):
 def hinton(student, teacher, tokens, target, regression, weight, temperature):
     logits = logits_of(student, tokens)
     with torch.no_grad():
-        taught = logits_of(teacher, tokens)
+        teacher_scores = logits_of(teacher, tokens)
     hard = task_loss(logits, target, regression)
     if regression:
-        return (1 - weight) * hard + weight * ((logits - taught) ** 2).sum()
-    p, q = (F.softmax(z / temperature, dim=-1) for z in (taught, logits))
+        return (1 - weight) * hard + weight * ((logits - teacher_scores) ** 2).sum()
+    p, q = (F.softmax(z / temperature, dim=-1) for z in (teacher_scores, logits))
     soft = temperature**2 * (p * (p.log() - q.log())).sum()
     return (1 - weight) * hard + weight * soft
 
@@ -100,8 +100,8 @@ def test_shares_are_counted(data, tmp_path):
         for tokens, target in sentences(sample)
     ]
     _, _, log = criterion(model, sample)
-    right = sum(taught == target for taught, _, target in predicted)
-    same = sum(taught == own for taught, own, _ in predicted)
+    right = sum(top == target for top, _, target in predicted)
+    same = sum(top == own for top, own, _ in predicted)
     assert (log["distill_teacher_accuracy"], log["distill_agreement"]) == (right, same)
     logged = trainer.train_step([sample, sample])
     assert logged["distill_teacher_accuracy"] == pytest.approx(100 * right / 8, abs=0.05)
@@ -175,7 +175,7 @@ class TestTeacher:
         assert not criterion.regulariser.teacher._known
 
     def test_without_updates_nothing_is_kept(self, data, tmp_path):
-        """A second call of the criterion by someone else computes anew, and holds no memory."""
+        """A second call of the criterion by someone else computes again, and holds no memory."""
         _, model, criterion, sample = build_student(data, tmp_path)
         criterion.regulariser.after_update(dict)
         criterion(model, sample)
@@ -323,7 +323,7 @@ class TestTokens:
         found = per_sentence_losses(criterion, model, sample)
         teacher = loaded(taught_translation / tiny.TEACHER)
         with torch.no_grad():
-            taught = teacher(**sample["net_input"])[0]
+            teacher_scores = teacher(**sample["net_input"])[0]
             logits = model(**sample["net_input"])[0]
         log_probs, target, right, same = logits.log_softmax(-1), sample["target"], 0, 0
         eps = 0.1 / (logits.size(-1) - 1)
@@ -333,10 +333,10 @@ class TestTokens:
                 if word == 1:
                     continue
                 hard = (1 - 0.1 - eps) * log_probs[j, t, word] + eps * log_probs[j, t].sum()
-                p, q = F.softmax(taught[j, t] / 2, 0), F.softmax(logits[j, t] / 2, 0)
+                p, q = F.softmax(teacher_scores[j, t] / 2, 0), F.softmax(logits[j, t] / 2, 0)
                 expected += -0.6 * hard + 0.4 * 4 * (p * (p / q).log()).sum()
-                right += int(taught[j, t].argmax() == word)
-                same += int(taught[j, t].argmax() == logits[j, t].argmax())
+                right += int(teacher_scores[j, t].argmax() == word)
+                same += int(teacher_scores[j, t].argmax() == logits[j, t].argmax())
             torch.testing.assert_close(found.losses[j].detach(), expected)
         log = found.logging_output
         assert log["distill_predictions"] == sample["ntokens"]
@@ -352,7 +352,7 @@ class TestTokens:
 
     def test_one_micro_batch_is_kept(self, taught_translation, tmp_path):
         """Scores of all words are large: with one micro-batch the forwards of an update share
-        them, with several each computes them anew."""
+        them, with several each computes them again."""
         more = ["--optimizer", "sam_adam"]
         trainer, _, criterion, _ = self.build(taught_translation, tmp_path, *more)
         seen = []

@@ -1,4 +1,4 @@
-"""Sequence-to-sequence: padding left out, sums over tokens, the sample untouched."""
+"""Sequence-to-sequence: padding ignored, sums over tokens, the sample untouched."""
 
 import copy
 

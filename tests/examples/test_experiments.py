@@ -24,7 +24,7 @@ def make(kit, tmp_path, *more, seconds=100, work=None):
 
 
 def test_wrong_labels(kit, tmp_path):
-    """lr, rho and beta are chosen on the held-out rows; right and wrong labels are told apart."""
+    """lr, rho and beta are chosen on the held-out rows; right and wrong labels have own counts."""
     more = ["--experiment", "wrong-labels", "--data", kit / "text"]
     result, record, page = make(kit, tmp_path, *more)
     assert result.returncode == 0, result.stdout

@@ -1,4 +1,4 @@
-"""The GLUE report: exact numbers from hand-made logs, and what it says of runs that broke off."""
+"""The GLUE report: exact numbers from written logs, and what it reports of incomplete runs."""
 
 import csv
 import importlib.util
@@ -343,7 +343,7 @@ def test_seeds_of_different_settings_are_told(tmp_path):
 
 
 def test_a_run_that_is_made_anew_does_not_count(tmp_path):
-    """The finished one beside its .partial is of other options, or it would not be made anew."""
+    """The finished one beside its .partial is of other options, or it would not be made again."""
     out = tmp_path / "OUT"
     put(out, "CoLA", "adam-seed1", log([50.0]))
     put(out, "CoLA", "adam-seed1.partial", log([60.0]))
@@ -579,7 +579,7 @@ def test_the_papers_figures_are_marked(five, tmp_path):
 
 # --- the command ------------------------------------------------------------------------------
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         (
             ["--baseline", "bert"],
@@ -591,9 +591,9 @@ def test_the_papers_figures_are_marked(five, tmp_path):
         (["--paper", "/nowhere.json"], "/nowhere.json"),
     ],
 )
-def test_errors(five, tmp_path, capsys, words, told):
+def test_errors(five, tmp_path, capsys, words, message):
     assert glue_report.main([str(five), "--out", str(tmp_path / "R"), *words]) == 2
-    assert told in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "R").exists()
 
 

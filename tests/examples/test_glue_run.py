@@ -362,10 +362,13 @@ class TestSearch:
 def test_the_gpus_are_those_that_the_user_left_visible(monkeypatch):
     module, one = glue_run, types.SimpleNamespace(jobs=None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3a")
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.places(one, 2)] == ["2", "GPU-3a"]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.device_environments(one, 2)] == [
+        "2",
+        "GPU-3a",
+    ]
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
-    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.places(one, 2)] == ["0", "1"]
-    assert module.places(one, 0) == [{}]
+    assert [e["CUDA_VISIBLE_DEVICES"] for e in module.device_environments(one, 2)] == ["0", "1"]
+    assert module.device_environments(one, 0) == [{}]
 
 
 def test_every_method_of_every_task_has_its_files():

@@ -22,7 +22,7 @@ def test_answers_are_true_and_the_only_ones(monkeypatch, tmp_path, people):
         for question in squad.questions:
             context = squad.contexts[question.context]
             true = [
-                fact.told.format(who=who, what=question.answers[0].text)
+                fact.statement.format(who=who, what=question.answers[0].text)
                 for fact in make_qa_data.FACTS
                 for who in make_qa_data.PEOPLE
                 if fact.asked.format(who=who) == question.text

@@ -23,7 +23,7 @@ def test_evaluation_is_training_without_dropout(translation, tmp_path):
 
 
 def test_copies_of_weights_are_not_perturbed(classification, tmp_path):
-    """fairseq 0.12 makes them anew on reading: a resumed run would take another step."""
+    """fairseq 0.12 makes new ones on reading: a resumed run would take another step."""
     argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam")
     model = tiny.build_trainer(argv).get_model()
     before = PerturbedWeights([model], None).parameters()

@@ -697,7 +697,7 @@ def test_urls_are_fetched_once_and_checked(tmp_path, gpt2, monkeypatch):
 
     source.unlink()
     run(url)  # from the cache, by the checksum that was seen
-    kept.write_text("{}")  # damaged: fetched anew
+    kept.write_text("{}")  # damaged: fetched again
     with pytest.raises(DataError, match="cannot be fetched.*give --gpt2-enc.* --gpt2-vocab-bpe F"):
         run(url)
     source.write_text("{ }")  # changed since: not taken for the one that was seen

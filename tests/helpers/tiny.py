@@ -34,7 +34,7 @@ SENTENCE_CRITERIONS = (
 
 # What a criterion cannot do without; the file is made by `write_teacher`.
 TEACHER = "teacher.pt"
-TAUGHT = ("distill", "seq2seq_distill")
+WITH_TEACHER = ("distill", "seq2seq_distill")
 
 
 def _write(prefix: Path, rows: Sequence[Sequence[int]]) -> None:
@@ -188,7 +188,7 @@ def arguments(
         for side in ("encoder", "decoder"):
             task += f"--{side}-embed-dim 16 --{side}-ffn-embed-dim 32".split()
             task += f"--{side}-attention-heads 2".split()
-    if criterion in TAUGHT:
+    if criterion in WITH_TEACHER:
         more = ("--distill-teacher", str(data / TEACHER), *more)
     return [
         str(data),

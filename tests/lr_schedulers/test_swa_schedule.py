@@ -80,7 +80,7 @@ ERRORS = {
     "epochs beyond the end": ({"swa_start": "11ep"}, ["--swa-start 11ep", "--max-epoch 10"]),
     "every 0": ({"swa_every": "0"}, ["--swa-every 0", "at least 1", "epoch"]),
     "every day": ({"swa_every": "day"}, ["--swa-every day", "epoch"]),
-    "negative rate": ({"swa_lr": -1.0}, ["--swa-lr -1.0", "above 0", "leave it out"]),
+    "negative rate": ({"swa_lr": -1.0}, ["--swa-lr -1.0", "above 0", "omit it"]),
     "no rate": ({"swa_lr": 0.0}, ["--swa-lr 0.0", "above 0"]),
     "rate nan": ({"swa_lr": float("nan")}, ["--swa-lr nan", "finite"]),
     "decay 0": ({"swa_decay": 0.0}, ["--swa-decay 0.0", "above 0 and below 1", "0.999"]),

@@ -454,7 +454,7 @@ def test_cost_of_criterions(classification, monkeypatch, capsys):
 
 
 def test_quality_of_cheaper_ascents(classification, monkeypatch, capsys):
-    """What is left of the rise: all of SAM's, and as much where it climbs more seldom."""
+    """What is left of the rise: all of SAM's, and as much where ascent steps are fewer."""
     ways = ("Adam", "SAM", "SAM, every 5th update", "SAM, layer normalisations only")
     monkeypatch.setattr(ascent_quality, "WAYS", {w: ascent_quality.WAYS[w] for w in ways})
     words = ["--rounds", "5", "--warm", "3"]

@@ -51,7 +51,7 @@ def test_the_best_gold_counts_for_each_metric_alone():
         ("Paris", [], (0, 0)),
         ("", ["Paris"], (0, 0)),
         ("the", [], (1, 1)),  # normalises to nothing
-        ("", ["the", "Paris"], (0, 0)),  # a gold that normalises to nothing is left out
+        ("", ["the", "Paris"], (0, 0)),  # a gold that normalises to nothing is ignored
         ("", ["the"], (1, 1)),  # no gold is left: as if there were no answer
     ],
 )

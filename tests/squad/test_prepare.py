@@ -105,7 +105,7 @@ def test_an_answer_survives_the_way_to_tokens_and_back(bpes, bpe):
         begin = CONTEXT.index(answer)
         first, last = found.span(begin, begin + len(answer))
         assert CONTEXT[found.offsets[first][0] : found.offsets[last][1]] == answer
-    # Offsets never go back, and no character but white space is left out.
+    # Offsets never go back, and no character but white space is skipped.
     assert (np.diff(found.offsets[:, 0]) >= 0).all()
     covered = {i for begin, end in found.offsets for i in range(begin, end)}
     assert all(i in covered for i in range(len(CONTEXT)) if not CONTEXT[i].isspace())

@@ -142,7 +142,7 @@ def test_starts_from_a_pretrained_checkpoint(
 
 
 def test_the_head_goes_to_no_other_task(span_prediction, classification, tmp_path, caplog):
-    """It is left out, with a warning, as fairseq does with heads of its own; the encoder goes."""
+    """It is dropped with a warning, like fairseq's own heads; the encoder is loaded."""
     path = train(span_prediction, tmp_path / "spans", "--max-update", "1").save_dir
     more = ["--finetune-from-model", str(path / "checkpoint_last.pt"), "--lr", "0"]
     found = runs.train(classification, tmp_path / "classes", *more, "--max-update", "1")

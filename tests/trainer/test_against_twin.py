@@ -84,7 +84,7 @@ def test_frozen_parameters_stay_and_are_not_perturbed(classification, tmp_path):
 
 
 def test_parameter_without_gradient_is_left_alone(classification, tmp_path):
-    """The language-model head takes no part in classification: probed, but never climbed."""
+    """The language-model head takes no part in classification: probed, but never perturbed."""
     trainer = trainer_of(classification, tmp_path, "delta_sam_adam")
     idle = trainer.get_model().encoder.lm_head.dense.weight
     before = idle.data.clone()

@@ -103,7 +103,7 @@ class TestReducesTo:
 
 
 class FractionTwin(Twin):
-    """Climbs from half of the sentences of every micro-batch."""
+    """Takes the ascent step of half of the sentences of every micro-batch."""
 
     def eps_star(self, losses):
         n = len(losses(self.w))
@@ -125,7 +125,7 @@ class FractionTwin(Twin):
 
 
 class OnlyTwin(Twin):
-    """Probes and climbs in the space of the layer normalisations."""
+    """Probes and perturbs in the space of the layer normalisations."""
 
     def eps_star(self, losses):
         chosen = torch.cat(
@@ -363,16 +363,16 @@ class TestOnly:
 
 
 @pytest.mark.parametrize(
-    "every, start, climbing",
+    "every, start, expected",
     [(1, 0, range(7)), (3, 0, [0, 3, 6]), (3, 2, [2, 5]), (9, 0, [0])],
 )
-def test_updates_that_climb(classification, tmp_path, every, start, climbing):
+def test_updates_with_an_ascent_step(classification, tmp_path, every, start, expected):
     options = ["--sam-every", str(every), "--sam-start-update", str(start)]
     trainer = trainer_of(classification, tmp_path, "sam_adam", *options)
     seen, samples = record_ascents(trainer), tiny.batches(trainer) * 2
     for sample in samples[:7]:
         trainer.train_step([sample])
-    assert [update for update, _, _ in seen] == list(climbing)
+    assert [update for update, _, _ in seen] == list(expected)
 
 
 def test_description_says_it(classification, tmp_path, caplog):

@@ -204,7 +204,7 @@ def test_overflow_skips_the_update_once(classification, tmp_path, mode, where, c
 def test_overflow_under_amp_is_retried_or_skipped(
     classification, tmp_path, mode, retries, where, call
 ):
-    """fairseq makes the update of the same batch anew, at half the scale, as often as it may."""
+    """fairseq repeats the update of the same batch at half the scale, as often as it may."""
     from fairseq.logging import metrics
 
     more = ("--amp-batch-retries", str(retries))

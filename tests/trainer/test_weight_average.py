@@ -144,12 +144,12 @@ def test_its_memory_is_taken_before_the_first_update(classification, tmp_path, d
     trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *SWA, *options))
     assert trainer.get_lr() > 0  # as fairseq's main asks before it trains
     average = trainer.weight_average
-    places = [tensor.data_ptr() for tensor in average._averages.values()]
-    assert len(places) == len(trainer._raw()) and average.averages == {}
+    addresses = [tensor.data_ptr() for tensor in average._averages.values()]
+    assert len(addresses) == len(trainer._raw()) and average.averages == {}
     for sample in tiny.batches(trainer)[:3]:
         trainer.train_step([sample])
     assert average.n == 2
-    assert [tensor.data_ptr() for tensor in average.averages.values()] == places
+    assert [tensor.data_ptr() for tensor in average.averages.values()] == addresses
 
 
 def test_shared_and_frozen_weights_and_buffers(classification, tmp_path, monkeypatch):
@@ -302,7 +302,7 @@ class TestCheckpoints:
     def test_a_reset_schedule_begins_a_new_average(
         self, classification, tmp_path, passed, caplog, start, averaged
     ):
-        """From the weights themselves after 5 updates; the average of 4 is left out, and said so.
+        """From the weights themselves after 5 updates; the average of 4 is dropped, with a warning.
 
         A start that is past is the present: the next update's weights are the first.
         """
@@ -310,7 +310,7 @@ class TestCheckpoints:
         more = ["--swa-start", start, "--reset-lr-scheduler", "--max-update", "8"]
         resumed = runs.train(classification, tmp_path, *SWA, *more)
         assert "average of 4 weights" in caplog.text
-        assert f"begins anew from update {start} on" in caplog.text
+        assert f"starts again from update {start} on" in caplog.text
         assert_model_is(resumed.checkpoint, mean(passed, averaged))
         whole = runs.train(classification, tmp_path / "plain", *PLAIN, "--max-update", "8")
         for name, value in resumed.checkpoint["extra_state"][WEIGHT_AVERAGE]["raw"].items():
