@@ -1,8 +1,8 @@
 """Perturbations of word embeddings: draw, take an ascent step, project, each a sentence at a time.
 
-A perturbation ``delta`` has shape (B, T, C), one (T, C) block a sentence. Norms are those of a
+A perturbation ``delta`` has shape (B, T, C), one (T, C) block a sentence. A norm takes a
 sentence's block as one vector of T x C numbers: ``2`` is L2 (Frobenius), ``inf`` the largest
-absolute value. What is padding is zero in ``delta`` and in its gradient and adds nothing.
+absolute value. Padding is zero in ``delta`` and in its gradient and adds nothing.
 """
 
 import math
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def sentence_norm(delta: Tensor, norm: float) -> Tensor:
-    """Norm of each sentence's block.
+    """Return the norm of each sentence's block.
 
     Args:
         delta: shape (B, T, C).
@@ -27,10 +27,10 @@ def sentence_norm(delta: Tensor, norm: float) -> Tensor:
 
 
 def normalised(gradient: Tensor, norm: float) -> Tensor:
-    """``g / ||g||``, for each sentence; zero where g is zero or not finite.
+    """Return ``g / ||g||`` for each sentence; zero where g is zero or not finite.
 
-    Scaling by the largest absolute value first keeps the squares of small numbers above the
-    smallest float.
+    It scales by the largest absolute value first, so that squares of small numbers do not
+    underflow.
 
     Args:
         gradient: shape (B, T, C).
@@ -48,7 +48,7 @@ def normalised(gradient: Tensor, norm: float) -> Tensor:
 
 
 def project(delta: Tensor, radius: float, norm: float) -> Tensor:
-    """Nearest point of the ball ``||delta|| <= radius``, for each sentence.
+    """Return the nearest point of the ball ``||delta|| <= radius`` for each sentence.
 
     Args:
         delta: shape (B, T, C).
@@ -67,7 +67,7 @@ def project(delta: Tensor, radius: float, norm: float) -> Tensor:
 def freelb_start(
     mask: Tensor, dim: int, magnitude: float, norm: float, dtype: torch.dtype
 ) -> Tensor:
-    """FreeLB's first perturbation, uniform.
+    """Draw FreeLB's first perturbation, uniformly.
 
     ``U(-1, 1) magnitude / sqrt(n_j C)`` for L2, with n_j the sentence's number of tokens, so that
     the norm does not depend on its length (about 0.58 magnitude); ``U(-1, 1) magnitude`` for Linf.

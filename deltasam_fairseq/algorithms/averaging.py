@@ -1,7 +1,7 @@
-"""Averages of weights along a run, and the learning rates that go with them.
+"""Average weights along a run; compute the learning rates for it.
 
 Stochastic weight averaging (Izmailov et al. 2018; Lu et al. 2022 for fine-tuning) is the mean of
-the weights that a run passes through at a learning rate that keeps it moving.
+a run's weights at a learning rate that keeps them moving.
 """
 
 import math
@@ -14,12 +14,12 @@ STRATEGIES = ("cos", "linear")
 
 
 def running_mean_(averages: Sequence[Tensor], values: Sequence[Tensor], n: int) -> None:
-    """``average <- average + (value - average) / (n + 1)``, the mean of n + 1 values.
+    """Update means: ``average <- average + (value - average) / (n + 1)``.
 
     Args:
         averages: means of n values each, float32 or better; written to.
         values: further values, same shapes, any floating dtype and device.
-        n: number of values so far, at least 0; with 0 the average becomes a copy.
+        n: number of values so far, at least 0; 0 copies the values.
     """
     if n == 0:
         for average, value in zip(averages, values):
@@ -29,7 +29,7 @@ def running_mean_(averages: Sequence[Tensor], values: Sequence[Tensor], n: int) 
 
 
 def exponential_mean_(averages: Sequence[Tensor], values: Sequence[Tensor], decay: float) -> None:
-    """``average <- decay average + (1 - decay) value``.
+    """Update exponential means: ``average <- decay average + (1 - decay) value``.
 
     Args:
         averages: float32 or better; written to.
@@ -45,20 +45,20 @@ def _lerp_(averages: Sequence[Tensor], values: Sequence[Tensor], weight: float) 
     if alike and hasattr(torch, "_foreach_lerp_") and len(averages):
         torch._foreach_lerp_(list(averages), list(values), weight)
         return
-    for average, value in zip(averages, values):  # no second copy of all in the other precision
+    for average, value in zip(averages, values):  # converts one tensor at a time
         average.lerp_(value.to(average), weight)
 
 
 def annealed_rate(start: float, end: float, step: int, steps: int, strategy: str) -> float:
-    """Learning rate that goes from ``start`` to ``end`` in ``steps`` updates and stays there.
+    """Return a learning rate that goes from ``start`` to ``end`` in ``steps`` updates and stays.
 
     ``(1 - h) start + h end``, with ``h = (1 - cos(pi t)) / 2`` or ``h = t`` for
-    ``t = step / steps``, as torch's SWALR has it.
+    ``t = step / steps``, as in torch's SWALR.
 
     Args:
         start, end: learning rates.
         step: updates since the start, at least 0.
-        steps: length, at least 0; with 0 it is ``end`` at once.
+        steps: length, at least 0; 0 gives ``end`` at once.
         strategy: one of `STRATEGIES`.
     """
     if step >= steps:
@@ -69,15 +69,15 @@ def annealed_rate(start: float, end: float, step: int, steps: int, strategy: str
 
 
 def cyclical_rate(high: float, low: float, step: int, length: int) -> float:
-    """Learning rate that falls from ``high`` to ``low`` in every cycle of ``length`` updates.
+    """Return a learning rate that falls from ``high`` to ``low`` in every ``length`` updates.
 
     ``(1 - t) high + t low`` with ``t = (step mod length + 1) / length`` (Izmailov et al. 2018,
-    section 3.2): the last update of a cycle, after which weights are averaged, is made at ``low``.
+    section 3.2): the last update of a cycle has the rate ``low``; weights are averaged after it.
 
     Args:
         high, low: learning rates.
         step: updates since the first cycle began, at least 0.
-        length: at least 1; with 1 it is ``low``.
+        length: at least 1; 1 gives ``low``.
     """
     t = (step % length + 1) / length
     return (1 - t) * high + t * low

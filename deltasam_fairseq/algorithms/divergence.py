@@ -1,6 +1,6 @@
-"""How far two outputs are apart: the divergences of R3F, R-Drop, SMART, VAT and distillation.
+"""Measure how far apart two outputs are: divergences of R3F, R-Drop, SMART, VAT, distillation.
 
-All take log-probabilities, of float32 or better, which the losses need anyway.
+The categorical ones take log-probabilities, float32 or better, which the losses need anyway.
 """
 
 import torch
@@ -12,7 +12,7 @@ _WARM = 10.0
 
 
 def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Kullback-Leibler divergence of two categorical distributions, ``KL(p || q)``.
+    """Compute the Kullback-Leibler divergence ``KL(p || q)`` of categorical distributions.
 
     ``sum_c p_c (log p_c - log q_c)``
 
@@ -26,11 +26,11 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
-    """Sum of both directions, ``KL(p || q) + KL(q || p)``.
+    """Compute the sum of both directions, ``KL(p || q) + KL(q || p)``.
 
     ``sum_c (p_c - q_c) (log p_c - log q_c)``
 
-    In this form no term is negative, also after rounding. R3F (Aghajanyan et al. 2020) and SMART
+    In this form no term is negative, even after rounding. R3F (Aghajanyan et al. 2020) and SMART
     (Jiang et al. 2020) take the sum, R-Drop (Liang et al. 2021) the mean of both directions.
 
     Args:
@@ -43,9 +43,9 @@ def symmetric_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def softened_kl(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
-    """KL of two distributions that are softened by a temperature, ``T^2 KL(p_T || q_T)``.
+    """Compute ``T^2 KL(p_T || q_T)`` of distributions softened by a temperature.
 
-    ``p_T = softmax(z / T)`` for logits z, and so for ``z = log p``, which differ by a constant.
+    ``p_T = softmax(z / T)`` for logits z, or ``z = log p``, which differs by a constant.
     Its gradient with respect to the logits of q is ``T (q_T - p_T)``: the factor T^2 keeps it as
     large as that of a cross-entropy while T changes (Hinton et al. 2015, section 2.1). At T = 1
     this is `kl`; for large T it tends to half the squared difference of the centred logits,
@@ -65,7 +65,7 @@ def softened_kl(log_p: Tensor, log_q: Tensor, temperature: float) -> Tensor:
 
 
 def squared_difference(p: Tensor, q: Tensor) -> Tensor:
-    """What stands for the divergence of two predictions in regression, ``(p - q)^2``.
+    """Compute ``(p - q)^2``, which replaces the divergence in regression.
 
     Args:
         p, q: same shape.

@@ -1,4 +1,4 @@
-"""The random direction of Eq. 3, the same on every process without being sent."""
+"""Draw the random direction of Eq. 3, the same on every process without communication."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Iterator, List, Sequence
@@ -17,7 +17,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(x: int) -> int:
-    """Finaliser of splitmix64 (Steele et al. 2014): neighbouring integers to unrelated ones."""
+    """Map neighbouring integers to unrelated ones: finaliser of splitmix64 (Steele et al. 2014)."""
     x = (x + 0x9E3779B97F4A7C15) & _MASK
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
@@ -27,18 +27,18 @@ def _mix(x: int) -> int:
 def update_generator(
     seed: int, update: int, use: int, device: torch.device, rank: int = 0
 ) -> torch.Generator:
-    """Random generator for one use in one update.
+    """Return a random generator for one use in one update.
 
-    Depends on nothing but its arguments, so that all processes and a resumed run draw the same
-    numbers; apart from the global generators, so that no dropout mask moves. The seed is mixed
-    because fairseq seeds its dropout with ``seed + update`` itself.
+    It depends on its arguments only, so that all processes and a resumed run draw the same numbers,
+    and is separate from the global generators, so that dropout masks stay. The seed is mixed
+    because fairseq seeds its dropout with ``seed + update``.
 
     Args:
         seed: the run's seed.
         update: number of updates done.
-        use: tells apart what is drawn in one update: `PROBE`, `ROUNDING`, `SENTENCES`.
+        use: of the numbers within an update: `PROBE`, `ROUNDING`, `SENTENCES`.
         device: where the numbers are drawn.
-        rank: for what every process is to draw for itself; 0 where all draw the same.
+        rank: of this process if each draws its own numbers; 0 if all draw the same.
 
     Returns:
         a seeded generator on ``device``.
@@ -50,7 +50,7 @@ def update_generator(
 
 
 def probe_generator(seed: int, update: int, device: torch.device) -> torch.Generator:
-    """The `update_generator` of the probe's direction."""
+    """Return the `update_generator` of the probe's direction."""
     return update_generator(seed, update, PROBE, device)
 
 
@@ -58,7 +58,7 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
     """Draw ``u ~ N(0, I)`` into a list of tensors.
 
     Args:
-        out: receives ``u``; one tensor a weight, in an order that is the same everywhere.
+        out: receives ``u``; one tensor a weight, in the same order on every process.
         generator: see `probe_generator`.
 
     Returns:
@@ -69,15 +69,15 @@ def draw_direction_(out: List[Tensor], generator: torch.Generator) -> Tensor:
 
 
 def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int) -> None:
-    """The drawing of `draw_direction_` alone.
+    """Draw as `draw_direction_`, without the norm.
 
-    On a CPU in pieces, each from a generator of its own, on several threads: one generator fills
-    memory on one thread only, half a second for the weights of RoBERTa base however many cores
-    there are. The numbers do not depend on the threads.
+    On a CPU several threads draw pieces, each with a generator of its own: one generator uses one
+    thread, half a second for the weights of RoBERTa base on any number of cores. The numbers do not
+    depend on the number of threads.
 
     Args:
-        out, generator: as there.
-        threads: to draw with on a CPU, at least 1.
+        out, generator: as in `draw_direction_`.
+        threads: number of threads on a CPU, at least 1.
     """
     if out and out[0].device.type == "cpu":
         dense = torch.contiguous_format
@@ -94,7 +94,7 @@ def fill_direction_(out: List[Tensor], generator: torch.Generator, threads: int)
 def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[Tensor]:
     """Yield the same ``u`` in float32, a tensor at a time.
 
-    On a CPU as many are drawn ahead as give every thread something to draw.
+    On a CPU it draws enough tensors ahead to keep every thread busy.
 
     Args:
         like: tensors of the shapes, on the device.
@@ -112,10 +112,10 @@ def directions(like: Sequence[Tensor], generator: torch.Generator) -> Iterator[T
 
 
 def direction_sum(like: Sequence[Tensor], generator: torch.Generator) -> Tensor:
-    """``sum_i u_i / sqrt(d)``, by which processes see whether they draw the same direction.
+    """Return ``sum_i u_i / sqrt(d)``; processes compare it to check that they draw alike.
 
-    N(0, 1) over the seeds. The same numbers give the same; numbers that differ in the last bit,
-    as processors of different makes round, the same to 1e-7.
+    It is N(0, 1) over the seeds. Equal numbers give equal sums; numbers that differ in the last
+    bit, by the rounding of different processors, give sums equal to 1e-7.
 
     Args:
         like, generator: as in `directions`.
@@ -148,21 +148,19 @@ def _draw_pieces_(pieces: List[Tensor], generator: torch.Generator, threads: int
 
 
 def resolvable_radius(weights: List[Tensor], dtype: torch.dtype) -> Tensor:
-    """Radius of a probe in half precision.
+    """Return the radius of a probe in half precision.
 
     ``R = 0.35 cbrt(unit roundoff of dtype) ||w||_2``
 
-    The textbook step of a central difference, with the weight vector as the argument: the
-    rounding of weights and forward disturbs ``a_j`` by a share that falls as 1/R, the loss's
-    third derivative by one that grows as R^2, and the two are balanced where R is proportional
-    to the cube root of the roundoff (Nocedal and Wright 2006, section 8.1). The factor is
-    measured, see docs/half_precision.md.
-    R is far from rho, but ``g`` and ``r`` (Eq. 4, 5) do not change when all ``a_j`` are
-    multiplied by one number.
+    This is the textbook step of a central difference in the weight vector: the relative error of
+    ``a_j`` from rounding falls as 1/R, that from the loss's third derivative grows as R^2, and they
+    balance where R is proportional to the cube root of the roundoff (Nocedal and Wright 2006,
+    section 8.1). The factor was measured, see docs/half_precision.md. R is far from rho, but ``g``
+    and ``r`` (Eq. 4, 5) do not change if all ``a_j`` are multiplied by one number.
 
     Args:
-        weights: those that the probe moves.
-        dtype: what the forward computes in.
+        weights: the weights that the probe moves.
+        dtype: precision of the forward.
 
     Returns:
         0-dim float64, on the device of the weights.

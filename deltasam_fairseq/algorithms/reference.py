@@ -1,11 +1,10 @@
-"""Plain twins of the algorithms: the papers' equations, one by one, and nothing else.
+"""Compute the papers' equations one by one: plain references for the fast algorithms.
 
-No sharing of forwards, no in-place arithmetic, no distribution. Slow, in whatever precision the
-weights have (tests use float64). The fast implementation is tested against these; the
-per-instance perturbation exists only here, to measure what delta-SAM approximates.
+They share no forwards, write nothing in place and run on one process: slow, in the precision of the
+weights (tests use float64). Tests compare the fast implementation with them. The per-instance
+perturbation exists here only, to measure what delta-SAM approximates.
 
-In all of them ``losses`` is a function from a flat weight vector, shape (d,), to the losses of
-N sentences, shape (N,).
+``losses`` maps a flat weight vector, shape (d,), to the losses of N sentences, shape (N,).
 """
 
 from typing import Callable, NamedTuple
@@ -27,26 +26,26 @@ class DeltaSAMReference(NamedTuple):
 
 
 def gradient(losses: Losses, w: Tensor, weights: Tensor) -> Tensor:
-    """``grad_w sum_j weights_j l_j(w)``, shape (d,)."""
+    """Return ``grad_w sum_j weights_j l_j(w)``, shape (d,)."""
     w = w.detach().clone().requires_grad_()
     (grad,) = torch.autograd.grad((weights * losses(w)).sum(), w)
     return grad
 
 
 def perturbation(grad: Tensor, rho: float) -> Tensor:
-    """``rho g / ||g||``, shape (d,); zero for a zero gradient."""
+    """Return ``rho g / ||g||``, shape (d,); zero for a zero gradient."""
     norm = grad.norm()
     return rho * grad / norm if norm > 0 else torch.zeros_like(grad)
 
 
 def sam_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
-    """``eps*`` of SAM (Foret et al. 2020), shape (d,)."""
+    """Return ``eps*`` of SAM (Foret et al. 2020), shape (d,)."""
     n = len(losses(w))
     return perturbation(gradient(losses, w, torch.full((n,), 1.0 / n, dtype=w.dtype)), rho)
 
 
 def asam_reference(losses: Losses, w: Tensor, rho: float, eta: float) -> Tensor:
-    """``eps*`` of ASAM (Kwon et al. 2021), shape (d,)."""
+    """Return ``eps*`` of ASAM (Kwon et al. 2021), shape (d,)."""
     n = len(losses(w))
     t = w.abs() + eta
     scaled = t * gradient(losses, w, torch.full((n,), 1.0 / n, dtype=w.dtype))
@@ -56,7 +55,7 @@ def asam_reference(losses: Losses, w: Tensor, rho: float, eta: float) -> Tensor:
 def delta_sam_reference(
     losses: Losses, w: Tensor, u: Tensor, rho: float, beta: float
 ) -> DeltaSAMReference:
-    """One ascent of delta-SAM (Zhou et al., Eq. 3 to 6).
+    """Compute one ascent of delta-SAM (Zhou et al., Eq. 3 to 6).
 
     Args:
         losses: see the module.
@@ -78,7 +77,7 @@ def delta_sam_reference(
 
 
 def per_instance_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
-    """One perturbation a sentence (Zhou et al., Eq. 2): ``eps_j = rho grad l_j / ||grad l_j||``.
+    """Return ``eps_j = rho grad l_j / ||grad l_j||`` of each sentence (Zhou et al., Eq. 2).
 
     Returns:
         shape (N, d); N backward passes.

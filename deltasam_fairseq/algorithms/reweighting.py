@@ -1,4 +1,4 @@
-"""Dynamic reweighting of delta-SAM: from per-sentence guardedness to ascent weights.
+"""Compute delta-SAM's ascent weights from the guardedness of the sentences.
 
 Zhou et al., "Sharpness-Aware Minimization with Dynamic Reweighting", Eq. 3 to 6.
 Symbols are the paper's: N sentences of one global batch, ``a`` guardedness, ``g`` its
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Reweighting(NamedTuple):
-    """Ascent weights of the sentences of one process, and how they came about.
+    """Ascent weights of one process's sentences, and the quantities behind them.
 
     Attributes:
         weights: ``N g'_j``, shape (B,), float64. 1.0 means "as in plain SAM", exactly so where
@@ -22,7 +22,7 @@ class Reweighting(NamedTuple):
         squares: ``sum_j g_j^2`` over this process's sentences, 0-dim float64. Added up over all
             processes, ``1 / (N squares)`` is the effective share of instances, 1/N to 1.
         n: N, sentences of the global batch, 0-dim float64.
-        uniform: 0-dim bool, whether a degenerate case made the weights uniform.
+        uniform: 0-dim bool, whether the weights are uniform because of a degenerate case.
         finite: 0-dim bool, whether all guardedness of the global batch is finite.
     """
 
@@ -35,7 +35,7 @@ class Reweighting(NamedTuple):
 
 
 def guardedness(clean: Tensor, probed: Tensor) -> Tensor:
-    """Rise of each sentence's loss at the probed weights (Eq. 3).
+    """Return the rise of each sentence's loss at the probed weights (Eq. 3).
 
     ``a_j = l_j(w + rho u / ||u||) - l_j(w)``
 
@@ -50,7 +50,7 @@ def guardedness(clean: Tensor, probed: Tensor) -> Tensor:
 
 
 def sum_tokens(losses: Tensor) -> Tensor:
-    """Loss of each sentence from those of its tokens, in float64.
+    """Sum the losses of each sentence's tokens in float64.
 
     The loss of a long target is in the thousands, where float32 has a spacing of 1e-4; its rise
     at the probe (Eq. 3) is about 1e-3.
@@ -65,7 +65,7 @@ def sum_tokens(losses: Tensor) -> Tensor:
 
 
 def guardedness_sums(a: Tensor) -> Tensor:
-    """The four scalars that Eq. 4 to 6 need from the whole batch.
+    """Return the four sums that Eq. 4 to 6 need from the whole batch.
 
     ``(sum|a|, sum a, sum |a| a, N)``
 
@@ -73,22 +73,22 @@ def guardedness_sums(a: Tensor) -> Tensor:
         a: guardedness of this process's sentences, shape (B,), float64; B may be 0.
 
     Returns:
-        shape (4,), float64. Under data parallelism the caller adds it up over all processes
-        (one all-reduce) before `reweight`.
+        shape (4,), float64. Under data parallelism the caller sums it over all processes (one
+        all-reduce) before `reweight`.
     """
     count = a.new_full((), a.numel())  # a copy from the host would wait for the device
     return torch.stack((a.abs().sum(), a.sum(), (a.abs() * a).sum(), count))
 
 
 def reweight(a: Tensor, sums: Tensor, beta: float) -> Reweighting:
-    """Ascent weights ``g'`` from guardedness (Eq. 4 to 6), multiplied by N.
+    """Compute the ascent weights ``g'`` (Eq. 4 to 6), multiplied by N.
 
     ``g_j = |a_j| / sum|a|``,  ``r = beta |mean a| / |sum g a|``,
     ``N g'_j = (N g_j - 1) r + 1``
 
-    Uniform weights (plain SAM) where the equations say nothing: one sentence, all ``a`` zero,
-    a zero denominator in Eq. 5, an ``a`` that is not finite. ``beta = 0`` is plain SAM.
-    No value is read back from the device.
+    Weights are uniform (plain SAM) if the equations are undefined: one sentence, all ``a`` zero, a
+    zero denominator in Eq. 5, an ``a`` that is not finite. ``beta = 0`` is plain SAM. The host
+    reads no value from the device.
 
     Args:
         a: guardedness of this process's sentences, shape (B,), float64.

@@ -1,7 +1,7 @@
-"""Rounding to half precision that keeps, in expectation, what nearest rounding throws away.
+"""Round to half precision stochastically: exact in expectation, also for tiny movements.
 
 A perturbation of norm rho over d weights moves each by about ``rho / sqrt(d)``, which is below
-half a unit in the last place of most half-precision weights: rounded to nearest it is gone.
+half a unit in the last place of most half-precision weights: rounding to nearest loses it.
 Stochastic rounding goes up or down with the probabilities that make the mean exact
 (Connolly, Higham and Mary 2021, "Stochastic Rounding and Its Probabilistic Error Analysis").
 """
@@ -13,13 +13,13 @@ from torch import Tensor
 
 _RANDOM_BITS = 15
 
-# Weights that are rounded at a time. On a CPU what is computed in between stays in the cache; a
-# GPU is done with 2^22 weights before the host has started what comes next.
+# Weights rounded at a time. On a CPU intermediate results stay in the cache; a GPU finishes 2^22
+# weights before the host has started the next kernels.
 _AT_A_TIME = {"cpu": 1 << 18, "cuda": 1 << 24}
 
 
 def random_bits(n: int, generator: torch.Generator) -> Tensor:
-    """``n`` random numbers below 2^15, two of each draw; int16, on the generator's device."""
+    """Draw ``n`` random numbers below 2^15, two a draw; int16, on the generator's device."""
     pairs = torch.empty((n + 1) // 2, dtype=torch.int32, device=generator.device)
     return pairs.random_(generator=generator).bitwise_and_(0x7FFF7FFF).view(torch.int16)[:n]
 
@@ -27,13 +27,13 @@ def random_bits(n: int, generator: torch.Generator) -> Tensor:
 def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """Round to one of the two neighbours in ``dtype``, so that the expectation is ``x``.
 
-    Adds random bits below the last place that is kept, and cuts off there. What is left of a
-    number below float16's smallest normal one is still too long: there, uniform noise of half a
-    unit in the last place, independent of the first, makes the cast round stochastically. It
-    changes no other number, for it is less than half a unit of any.
+    Add random bits below the last place that is kept, then truncate. Below float16's smallest
+    normal number the result is still too long: uniform noise of half a unit in the last place,
+    independent of the first, makes the cast round stochastically. It changes no other number, since
+    it is less than half a unit of any.
 
     Args:
-        x: float32, flat, without NaN, whose bits could become a number's; it is not changed.
+        x: float32, flat, not changed. No NaN: its bits could become those of a number.
             Numbers beyond the range of ``dtype`` become infinite.
         dtype: torch.float16 or torch.bfloat16.
         bits: `random_bits`, as many.
@@ -41,7 +41,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     Returns:
         ``dtype``, same shape.
     """
-    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of a float32 that there is no room for
+    dropped = 16 if dtype == torch.bfloat16 else 13  # bits of a float32 that do not fit
     if dropped > _RANDOM_BITS:
         noisy = torch.add(x.view(torch.int32), bits, alpha=1 << (dropped - _RANDOM_BITS))
     else:
@@ -58,7 +58,7 @@ def round_stochastically(x: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
 def round_moved(
     weights: Tensor, direction: Tensor, scale: Tensor, bits: Tensor, dtype: torch.dtype
 ) -> Tensor:
-    """``w + scale d`` in float32, rounded by `round_stochastically` where ``w`` moves at all.
+    """Return ``w + scale d`` in float32, rounded by `round_stochastically` where ``w`` moves.
 
     Args:
         weights: ``w``, flat, float32 or ``dtype``.
@@ -68,11 +68,11 @@ def round_moved(
         dtype: of the result.
 
     Returns:
-        the moved weights, same shape; NaN where one of the three is.
+        the moved weights, same shape; NaN where ``w``, ``d`` or ``scale`` is.
     """
     step = direction * scale
     moved = weights + step
-    # Not for a step of 0, nor for NaN: its bits are all ones on a GPU, and would overflow.
+    # Skip steps of 0, and NaN, whose bits are all ones on a GPU and would overflow.
     moves = (step.abs() > 0) & (moved == moved)
     return torch.where(moves, round_stochastically(moved, dtype, bits), moved.to(dtype))
 
@@ -80,7 +80,7 @@ def round_moved(
 def realised_along(
     result: Tensor, weights: Tensor, direction: Tensor, scale: Tensor
 ) -> Tuple[Tensor, Tensor]:
-    """How far the weights went along the step that they were to make.
+    """Return how far the weights moved along the exact step.
 
     Returns:
         ``(w' - w) . scale d`` and ``||scale d||^2``, 0-dim float32.
@@ -90,7 +90,7 @@ def realised_along(
 
 
 class Kernels(NamedTuple):
-    """What is computed of a piece of the weights, one operation after the other or fused."""
+    """The operations on a piece of the weights, one after the other or fused."""
 
     round_moved: Callable[..., Tensor]
     realised_along: Callable[..., Tuple[Tensor, Tensor]]
@@ -100,7 +100,7 @@ OPERATIONS = Kernels(round_moved, realised_along)
 
 
 class StochasticRounding:
-    """Moves weights, rounded to half precision, in bulk: small tensors together, large in pieces.
+    """Move weights with rounding in bulk: small tensors together, large ones in pieces.
 
     Args:
         dtype: torch.float16 or torch.bfloat16.
@@ -125,12 +125,12 @@ class StochasticRounding:
         """``out_i = w_i + scale d_i``, rounded.
 
         Args:
-            out: receives the result, of the precision that is rounded to; or of float32, which
-                then has values that ``dtype`` holds, but where nothing moved its own.
+            out: receives the result, in ``dtype``; or in float32, which then has values of
+                ``dtype``, except weights that do not move, which keep their own.
             weights, direction, scale: as in `move_along_`.
 
         Returns:
-            share of the movement that is left along its direction, 0-dim float64.
+            share of the movement that survives along its direction, 0-dim float64.
         """
         scale = scale.to(torch.float32).reshape(1)
         pieces = _in_bulk(zip(out, weights, direction))
@@ -154,7 +154,7 @@ class StochasticRounding:
 
 
 def copy_lists_(out: List[Tensor], values: List[Tensor]) -> None:
-    """``out_i = values_i``; on a GPU in few kernels, where torch (2.1 and later) has them."""
+    """Copy ``out_i = values_i``; on a GPU in few kernels with torch 2.1 and later."""
     if out and out[0].is_cuda and hasattr(torch, "_foreach_copy_"):
         torch._foreach_copy_(out, values)
     else:
@@ -167,10 +167,10 @@ _Tensors = Tuple[Tensor, Tensor, Tensor]
 
 
 def _in_bulk(tensors: Iterable[_Tensors]) -> Iterator[Tuple[List[Tensor], Tensor, Tensor]]:
-    """Regroup into pieces of nearly one size.
+    """Regroup tensors into pieces of nearly one size.
 
     Yields:
-        tensors that receive the result; the weights and the directions of all of them, flat.
+        tensors that receive the result; their weights and directions, flat.
     """
     together: List[_Tensors] = []
     filled = 0
@@ -207,10 +207,10 @@ def at_least_float32(x: Tensor) -> Tensor:
 
 
 def multiplied_in(x: Tensor) -> torch.dtype:
-    """Precision that a matrix product multiplies ``x`` in, under the autocast in force.
+    """Return the precision in which matrix products multiply ``x`` under the current autocast.
 
-    Asks a product of two numbers, which on any device and in any version of torch is right.
-    Autocast casts whatever is not float64.
+    It makes a product of two numbers, which is right on any device and version of torch. Autocast
+    casts all dtypes but float64.
     """
     one = torch.ones(1, 1, dtype=torch.float32, device=x.device)
     product = torch.mm(one, one).dtype
@@ -220,17 +220,17 @@ def multiplied_in(x: Tensor) -> torch.dtype:
 def multiplies_in_tf32(device: torch.device) -> bool:
     """Whether matrix products of float32 round their operands to TF32's 10 bits of mantissa.
 
-    So does CUDA from compute capability 8.0 on where ``torch.backends.cuda.matmul.allow_tf32``,
-    ``torch.set_float32_matmul_precision`` or the environment (NVIDIA's containers) ask for it.
+    CUDA does from compute capability 8.0 on if ``torch.backends.cuda.matmul.allow_tf32``,
+    ``torch.set_float32_matmul_precision`` or the environment (NVIDIA's containers) asks for it.
     """
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 0):
         return False
     try:
         return torch.get_float32_matmul_precision() != "highest"
-    except RuntimeError:  # torch's newer setting is in use, which forbids to ask the older one
+    except RuntimeError:  # torch's newer setting is in use, which forbids reading the older one
         return torch.backends.cuda.matmul.fp32_precision == "tf32"  # type: ignore[attr-defined]
 
 
 def unit_roundoff(dtype: torch.dtype) -> float:
-    """Largest relative error of rounding to nearest: 2^-11 for float16, 2^-8 for bfloat16."""
+    """Return the largest relative rounding error to nearest: 2^-11 (float16), 2^-8 (bfloat16)."""
     return torch.finfo(dtype).eps / 2

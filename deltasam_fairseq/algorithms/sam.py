@@ -1,4 +1,4 @@
-"""The ascent of SAM and ASAM over lists of tensors.
+"""Perturb lists of tensors by the ascent of SAM and ASAM.
 
 Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Generalization";
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
@@ -11,8 +11,8 @@ from torch import Tensor
 
 from deltasam_fairseq.algorithms.rounding import StochasticRounding, at_least_float32
 
-# Elements of half precision that are moved at a time: the float32 values in between are then
-# small beside the weights, and a GPU has few operations to start.
+# Half-precision elements moved at a time: the intermediate float32 values are then small relative
+# to the weights, and a GPU has few kernels to start.
 _PIECE = {"cpu": 1 << 20, "cuda": 1 << 24}
 _FOREACH = hasattr(torch, "_foreach_copy_") and tuple(
     int(part) for part in torch.__version__.split(".")[:2]
@@ -20,12 +20,12 @@ _FOREACH = hasattr(torch, "_foreach_copy_") and tuple(
 
 
 class Perturbation(NamedTuple):
-    """What an ascent found.
+    """The result of an ascent.
 
     Attributes:
         norm: ``||g||_2`` of SAM, ``||T g||_2`` of ASAM, 0-dim float64.
         realised: the share of ``eps*`` that survived rounding to the precision of the weights,
-            ``(w' - w) . eps* / ||eps*||^2``, 0-dim float64; 1 where nothing is rounded.
+            ``(w' - w) . eps* / ||eps*||^2``, 0-dim float64; 1 without rounding.
     """
 
     norm: Tensor
@@ -33,7 +33,7 @@ class Perturbation(NamedTuple):
 
 
 def global_norm(tensors: Iterable[Tensor]) -> Tensor:
-    """L2 norm over all elements of some tensors.
+    """Return the L2 norm over all elements of some tensors.
 
     ``||t||_2 = sqrt(sum_i ||t_i||_2^2)``
 
@@ -42,7 +42,7 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
             on one device.
 
     Returns:
-        0-dim float64 tensor on that device; 0 for no tensors. Not read back to the host.
+        0-dim float64 tensor on that device, without waiting for it; 0 for no tensors.
     """
     if isinstance(tensors, list) and _in_few_kernels(tensors):
         norms = list(torch._foreach_norm(tensors, 2, torch.float32))
@@ -57,10 +57,10 @@ def global_norm(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def _in_few_kernels(*lists: List[Tensor]) -> bool:
-    """Whether lists are better taken as a whole than a tensor at a time.
+    """Whether torch's foreach kernels can and should take whole lists.
 
-    On a GPU, where starting a kernel for each of some hundred tensors takes longer than the
-    kernels do. torch < 2.4 cannot take norms of half precision in float32 this way.
+    They should on a GPU, where starting a kernel for each of some hundred tensors takes longer than
+    the kernels do. In torch < 2.4 they cannot take norms of half precision in float32.
     """
     kinds = [{(t.device, t.dtype, t.layout) for t in tensors} for tensors in lists]
     if any(len(each) != 1 for each in kinds) or not _FOREACH:
@@ -74,13 +74,13 @@ def _in_few_kernels(*lists: List[Tensor]) -> bool:
 def _move_lists_along_(
     out: List[Tensor], weights: List[Tensor], direction: List[Tensor], scale: Tensor
 ) -> None:
-    """`move_along_` of lists whose tensors are of one kind each, and weights float32.
+    """Do `move_along_` for lists of one device and dtype each, with float32 weights.
 
     Args:
         out: none of ``weights``; may be ``direction``.
         scale: 0-dim float32.
     """
-    if out[0].dtype == direction[0].dtype == torch.float32:  # without memory beside them
+    if out[0].dtype == direction[0].dtype == torch.float32:  # without further memory
         if out is not direction:
             torch._foreach_copy_(out, direction)
         torch._foreach_mul_(out, scale)
@@ -93,7 +93,7 @@ def _move_lists_along_(
 
 
 def _groups(*lists: List[Tensor]) -> Iterator[Tuple[List[Tensor], ...]]:
-    """Cut lists alike, so that the tensors of a group together have about `_PIECE` elements."""
+    """Cut lists alike into groups of about `_PIECE` elements."""
     begin, filled = 0, 0
     for end, tensor in enumerate(lists[0], start=1):
         filled += tensor.numel()
@@ -103,10 +103,10 @@ def _groups(*lists: List[Tensor]) -> Iterator[Tuple[List[Tensor], ...]]:
 
 
 def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
-    """``rho / norm``; 0 where the norm is 0 (no ascent direction), NaN where it is not finite.
+    """Return ``rho / norm``; 0 for norm 0 (no ascent direction), NaN if it is not finite.
 
-    The NaN is on purpose: it reaches the loss at the perturbed weights and with it the
-    non-finite handling of the training loop, without a read of the device.
+    The NaN is on purpose: through the loss at the perturbed weights it reaches the training
+    loop's handling of non-finite values without a device synchronisation.
     """
     scale = rho / norm
     scale = torch.where(norm > 0, scale, torch.zeros_like(scale))
@@ -120,17 +120,17 @@ def move_along_(
     scale: Tensor,
     rounding: Optional[StochasticRounding] = None,
 ) -> Tensor:
-    """``out_i = w_i + scale * d_i``, in at least float32, then rounded.
+    """Write ``out_i = w_i + scale * d_i``, computed in at least float32, then rounded.
 
     Args:
         out: receives the result; each may be its ``weights`` or ``direction`` itself.
-        weights: ``w``, of any precision at least that of ``out``.
-        direction: ``d``, same shapes; consumed one at a time, so that it may be a generator.
+        weights: ``w``, at least as precise as ``out``.
+        direction: ``d``, same shapes; may be a generator.
         scale: 0-dim tensor.
         rounding: default: to nearest.
 
     Returns:
-        share of the movement that ``rounding`` left along its direction, see `Perturbation`.
+        share of the movement that survived ``rounding``, see `Perturbation`.
     """
     if rounding is not None:
         return rounding.move_(out, weights, direction, scale)
@@ -170,15 +170,15 @@ def sam_ascent_(
     rho: float,
     rounding: Optional[StochasticRounding] = None,
 ) -> Perturbation:
-    """Weights at the SAM perturbation.
+    """Write the weights at the SAM perturbation.
 
     ``out = w + eps*``,  ``eps* = rho g / ||g||_2``
 
     Args:
         out: receives the perturbed weights, same shapes as ``weights``.
-        weights: ``w``, left as they are.
-        grads: ascent gradient ``g``; its scale cancels. Under data parallelism already reduced,
-            so that every process computes the same ``eps*``.
+        weights: ``w``, not changed.
+        grads: ascent gradient ``g``; its scale cancels. Under data parallelism reduced by the
+            caller, so that every process computes the same ``eps*``.
         rho: radius of the ball in weight space, at least 0.
         rounding: see `move_along_`.
 
@@ -199,16 +199,16 @@ def asam_ascent_(
     eta: float,
     rounding: Optional[StochasticRounding] = None,
 ) -> Perturbation:
-    """Weights at the adaptive (elementwise, scale-invariant) SAM perturbation.
+    """Write the weights at the adaptive (elementwise, scale-invariant) SAM perturbation.
 
     ``out = w + rho T^2 g / ||T g||_2``,  ``T = diag(|w| + eta)``
 
-    The paper's T over all weights; the authors' code leaves T = 1 for parameters whose name
+    As in the paper, T covers all weights; the authors' code keeps T = 1 for parameters whose name
     does not contain "weight". With ``|w| + eta = 1`` everywhere this is `sam_ascent_`.
 
     Args:
         out: receives the perturbed weights, same shapes as ``weights``.
-        weights: ``w``, left as they are.
+        weights: ``w``, not changed.
         grads: ascent gradient, as in `sam_ascent_`.
         rho: radius in units of the weights' own size; the paper uses 0.5 to 2.
         eta: added to ``|w|`` so that weights at zero can move; the paper uses 0.01.

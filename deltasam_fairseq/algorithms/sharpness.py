@@ -1,4 +1,4 @@
-"""How much the loss rises at distance rho from the weights: three answers, and whole curves.
+"""Measure how much the loss rises at distance rho from the weights: three ways, and curves.
 
     per-batch       l_B(w + eps*) - l_B(w),   eps* = rho grad l_B / ||grad l_B||       (SAM)
     reweighted      l_B(w + eps') - l_B(w),   eps' = rho grad L' / ||grad L'||,
@@ -39,12 +39,12 @@ class Landscape(NamedTuple):
 
 
 def clean_losses(landscape: Landscape) -> Tensor:
-    """``l_j(w)``, shape (N,), float64: what is subtracted from them is close to them."""
+    """Return ``l_j(w)``, shape (N,), float64, since differences from them are small."""
     return landscape.losses(None).double()
 
 
 def losses_at(landscape: Landscape, direction: Sequence[Tensor], radius: float) -> Tensor:
-    """Losses at a distance along a direction.
+    """Return the losses at a distance along a direction.
 
     ``l_j(w + radius d / ||d||_2)``
 
@@ -67,7 +67,7 @@ def losses_at(landscape: Landscape, direction: Sequence[Tensor], radius: float) 
 def mean_rise(
     landscape: Landscape, clean: Tensor, direction: Sequence[Tensor], rho: float
 ) -> Tensor:
-    """Sharpness along one direction shared by all sentences.
+    """Return the sharpness along one direction shared by all sentences.
 
     ``mean_j [ l_j(w + rho d / ||d||) - l_j(w) ]``
 
@@ -86,7 +86,7 @@ def mean_rise(
 
 
 def sam_direction(landscape: Landscape, clean: Tensor) -> List[Tensor]:
-    """``grad l_B(w)``, the ascent direction of SAM (Foret et al. 2020).
+    """Return ``grad l_B(w)``, the ascent direction of SAM (Foret et al. 2020).
 
     Args:
         landscape: N sentences.
@@ -101,7 +101,7 @@ def sam_direction(landscape: Landscape, clean: Tensor) -> List[Tensor]:
 def delta_sam_direction(
     landscape: Landscape, clean: Tensor, u: Sequence[Tensor], rho: float, beta: float
 ) -> List[Tensor]:
-    """``grad sum_j g'_j l_j(w)``, the ascent direction of delta-SAM (Zhou et al., Eq. 3 to 6).
+    """Return ``grad sum_j g'_j l_j(w)``, delta-SAM's ascent direction (Zhou et al., Eq. 3 to 6).
 
     Args:
         landscape: N sentences, the whole batch.
@@ -119,7 +119,7 @@ def delta_sam_direction(
 
 
 def per_instance_rises(sentences: Iterable[Landscape], rhos: Sequence[float]) -> Tensor:
-    """Rise of every sentence's loss along its own gradient (Zhou et al., Eq. 2).
+    """Return the rise of every sentence's loss along its own gradient (Zhou et al., Eq. 2).
 
     ``l_j(w + eps_j) - l_j(w)``,  ``eps_j = rho grad l_j / ||grad l_j||_2``
 
@@ -143,7 +143,7 @@ def per_instance_rises(sentences: Iterable[Landscape], rhos: Sequence[float]) ->
 
 
 def loss_curve(landscape: Landscape, direction: Sequence[Tensor], radii: Sequence[float]) -> Tensor:
-    """Mean loss along a line through the weights.
+    """Return the mean loss along a line through the weights.
 
     ``l_B(w + t d / ||d||_2)`` for every t in ``radii``
 
@@ -159,7 +159,7 @@ def loss_curve(landscape: Landscape, direction: Sequence[Tensor], radii: Sequenc
 
 
 def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-    """Cosine of the angle between two directions.
+    """Return the cosine of the angle between two directions.
 
     ``<a, b> / (||a||_2 ||b||_2)``
 
@@ -178,7 +178,7 @@ def cosine(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
 
 
 def mean_over_batches(values: Tensor, counts: Tensor) -> Tuple[Tensor, Tensor]:
-    """Mean over batches of unequal size, and its standard error.
+    """Return the mean over batches of unequal size, and its standard error.
 
     ``m = sum_b n_b x_b / sum_b n_b``
     ``se^2 = K / (K - 1) sum_b (n_b / sum n)^2 (x_b - m)^2``

@@ -1,8 +1,8 @@
-"""fairseq's Trainer with an average of the weights beside it (--lr-scheduler swa_*).
+"""Extend fairseq's Trainer by an average of the weights (--lr-scheduler swa_*).
 
-The schedule says when weights enter the average. Training never sees it: it is in force while
-fairseq validates, and it is the model of every checkpoint that is saved. The weights themselves are
-in the same file, and a resumed run goes on from them.
+The schedule decides when weights enter the average. Training never uses it: fairseq validates with
+it and saves it as the model of every checkpoint. The same file holds the weights themselves, from
+which a resumed run continues.
 """
 
 import logging
@@ -26,10 +26,10 @@ logger = logging.getLogger(__name__)
 
 
 class AveragingTrainer(Trainer):
-    """fairseq's Trainer, which averages weights if the learning-rate schedule says so.
+    """Average weights if the learning-rate schedule is swa_*.
 
-    With any other schedule it is fairseq's, but that it goes on from the weights themselves where
-    a checkpoint holds their average.
+    With any other schedule it is fairseq's Trainer, except that it continues from the weights
+    themselves if a checkpoint holds their average.
 
     Attributes:
         weight_average: None with any other schedule.
@@ -63,7 +63,7 @@ class AveragingTrainer(Trainer):
             )
 
     def _trained_by_name(self) -> Dict[str, Parameter]:
-        """What the optimizer trains, the criterion's too; a shared parameter has one name."""
+        """Return the trained parameters, also the criterion's; a shared one has one name."""
         named: Dict[Parameter, str] = {}
         for owner, module in (("model", self.get_model()), ("criterion", self.get_criterion())):
             for name, p in module.named_parameters():
@@ -72,14 +72,14 @@ class AveragingTrainer(Trainer):
         return {name: p for p, name in named.items()}
 
     def _raw(self) -> Dict[str, Tensor]:
-        """The weights themselves by name, of half-precision ones the masters if there are."""
+        """Return the weights themselves by name; the masters of half-precision ones, if any."""
         masters = masters_of(self._optimizer) or {}
         return {name: masters.get(p, p.data) for name, p in self._named.items()}
 
     # Training
 
     def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
-        """fairseq's; an update that was made, not skipped, may enter the average."""
+        """Run fairseq's step; weights may enter the average unless it skipped the update."""
         self._seen_update = self.get_num_updates()
         stats = super().train_step(samples, raise_oom)
         average, scheduler, update = self.weight_average, self.lr_scheduler, self.get_num_updates()
@@ -98,7 +98,7 @@ class AveragingTrainer(Trainer):
         return stats
 
     def get_train_iterator(self, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's; before training it is checked that the run is long enough."""
+        """Return fairseq's iterator; before training check that the run reaches --swa-start."""
         first, self._epoch_itr = (
             self._epoch_itr is None,
             super().get_train_iterator(*args, **kwargs),
@@ -115,15 +115,15 @@ class AveragingTrainer(Trainer):
         return self._epoch_itr
 
     def _updates_per_epoch(self) -> List[int]:
-        """Numbers of updates in the first epochs, if none is skipped; the last number goes on."""
+        """Return the numbers of updates of the first epochs, none skipped; the last one repeats."""
         cfg, batches = self.cfg.optimization, len(self._epoch_itr)
         if getattr(cfg, "skip_remainder_batch", False):
-            # Without the last batch, whether it is full or not, and then in whole groups.
+            # fairseq drops the last batch, full or not, and then the last incomplete group.
             return [max(batches - 1, 0) // freq for freq in cfg.update_freq]
         return [-(-batches // freq) for freq in cfg.update_freq]
 
     def valid_step(self, *args: Any, **kwargs: Any) -> Any:
-        """fairseq's; the log says of how many weights the validated ones are the average."""
+        """Run fairseq's step; log how many weights the validated average has."""
         if self.weight_average is not None and self.weight_average.is_in_force:
             metrics.log_scalar("swa_n", self.weight_average.n, weight=0, priority=310)
         return super().valid_step(*args, **kwargs)
@@ -131,7 +131,7 @@ class AveragingTrainer(Trainer):
     # Checkpoints
 
     def state_dict(self) -> Dict[str, Any]:
-        """fairseq's, of the average, and beside it what a resumed run needs."""
+        """Return fairseq's state with the average as the model, and what a resumed run needs."""
         average = self.weight_average
         if average is None:
             return super().state_dict()
@@ -152,9 +152,9 @@ class AveragingTrainer(Trainer):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """fairseq's; training goes on from the weights themselves, and so does their average.
+        """Load as fairseq does; continue from the weights themselves and with their average.
 
-        The average is that of the schedule's phase: without the saved schedule it starts again.
+        The average belongs to the schedule's phase: without the saved schedule it starts again.
         """
         extra_state = super().load_checkpoint(
             filename, reset_optimizer, reset_lr_scheduler, *args, **kwargs
@@ -191,7 +191,7 @@ class AveragingTrainer(Trainer):
 def validate_average(
     validate: Any, cfg: Any, trainer: Any, task: Any, epoch_itr: Any, subsets: List[str]
 ) -> Any:
-    """fairseq's validation, of the average; with --swa-validate-both then of the weights too."""
+    """Validate the average; with --swa-validate-both then the weights too."""
     average = getattr(trainer, "weight_average", None)
     if average is None or average.n == 0:
         return validate(cfg, trainer, task, epoch_itr, subsets)
@@ -205,7 +205,7 @@ def validate_average(
 
 
 def warn_if_never_averaged(train: Any, cfg: Any, trainer: Any, task: Any, epoch_itr: Any) -> Any:
-    """fairseq's training of an epoch, with a warning if the run ends without an average."""
+    """Train an epoch as fairseq does; warn if the run ends without an average."""
     losses, should_stop = train(cfg, trainer, task, epoch_itr)
     average = getattr(trainer, "weight_average", None)
     if average is None or average.n > 0:
@@ -226,7 +226,7 @@ def warn_if_never_averaged(train: Any, cfg: Any, trainer: Any, task: Any, epoch_
 
 
 def _without_best(validate: Any, *args: Any) -> None:
-    """Validate what has no part in the choice of the best, nor is compared with it in the log."""
+    """Validate without choosing the best checkpoint or comparing with it in the log."""
     holder = checkpoint_utils.save_checkpoint
     best = vars(holder).pop("best", None)
     try:

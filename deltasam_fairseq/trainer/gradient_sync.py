@@ -1,8 +1,8 @@
-"""Gradients of the ascent under data parallelism: kept back until the last, then averaged.
+"""Reduce the ascent's gradients under data parallelism: once, after the last micro-batch.
 
-legacy_ddp reduces on demand, pytorch_ddp in the backward that follows a forward outside of
-``no_sync``. Neither serves an ascent from some weights only, whose other gradients do not exist:
-pytorch_ddp would wait for them, legacy_ddp send zeros. Those of the few are averaged here.
+legacy_ddp reduces on demand, pytorch_ddp in the backward of a forward outside ``no_sync``. An
+ascent for some weights only (--sam-only) has no other gradients: pytorch_ddp would wait for them,
+legacy_ddp send zeros. This module averages the gradients that exist.
 """
 
 import contextlib
@@ -18,12 +18,12 @@ from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
 
 
 class GradientSync:
-    """What is sent between ranks for an ascent.
+    """Decide what the ranks reduce in an ascent, and do it.
 
     Args:
-        trainer: fairseq's, of the processes and their wrappers.
+        trainer: fairseq's; it holds the process group and the data-parallel wrappers.
         sam: its optimizer; --sam-scope rank sends nothing.
-        weights: those that are perturbed.
+        weights: the perturbed weights.
     """
 
     def __init__(
@@ -35,16 +35,16 @@ class GradientSync:
 
     @property
     def needed(self) -> bool:
-        """Whether the ascent is that of the batch of all ranks."""
+        """Whether the ascent uses the batch of all ranks."""
         return self._trainer.data_parallel_world_size > 1 and not self._sam.per_rank
 
     @property
     def local_only(self) -> bool:
-        """Whether no wrapper may reduce: gradients stay with the rank, or are averaged here."""
+        """Whether wrappers must not reduce: gradients stay local, or `average_grads` does."""
         return self._sam.per_rank or self._weights.partial
 
     def no_sync_unless_last(self, last: bool) -> Any:
-        """Forward and backward inside leave gradients unreduced, but for those of the last."""
+        """Return a context whose forward and backward reduce gradients only if ``last``."""
         trainer = self._trainer
         if (
             trainer.data_parallel_world_size > 1
@@ -55,7 +55,7 @@ class GradientSync:
         return contextlib.ExitStack()
 
     def average_grads(self) -> None:
-        """Average over ranks what the backward has not averaged."""
+        """Average over ranks the gradients that the backward did not average."""
         trainer = self._trainer
         if self._weights.partial:
             self._weights.average_grads(
@@ -67,9 +67,10 @@ class GradientSync:
             self._average_criterion_grads()
 
     def _average_criterion_grads(self) -> None:
-        """delta-SAM's forward does not go through the criterion's data-parallel wrapper.
+        """Average the criterion's gradients.
 
-        legacy_ddp reduces on demand; what pytorch_ddp does in the backward is done here.
+        delta-SAM's forward bypasses the criterion's data-parallel wrapper: legacy_ddp still reduces
+        on demand, but pytorch_ddp's reduction in the backward is replaced here.
         """
         trainer = self._trainer
         if hasattr(trainer.criterion, "all_reduce_grads") or not self._sam.beta:

@@ -1,4 +1,4 @@
-"""What one sharpness-aware update adds to fairseq's log."""
+"""Log the figures of a sharpness-aware update."""
 
 from typing import Any, Dict, List, Optional, Tuple, Union
 
@@ -10,13 +10,13 @@ from deltasam_fairseq.algorithms import Reweighting
 
 Logs = List[Dict[str, Any]]
 
-# Keys that ride in fairseq's logging outputs, so that fairseq's own reduction over ranks carries
-# them: the loss at w + eps* of a micro-batch, and what a rank's sentences add to sums over all.
+# Keys in fairseq's logging outputs, so that fairseq's own reduction over ranks includes them: the
+# loss of a micro-batch at w + eps*, and a rank's terms of sums over all sentences.
 _PREFIX = "sam:"
 _LOSS = _PREFIX + "loss"
 _RANKS = _PREFIX + "ranks"
 _GNORM = _PREFIX + "gnorm"
-_CLIMBED = _PREFIX + "climbed"
+_ASCENT_SIZE = _PREFIX + "ascent_size"
 _SIZE = _PREFIX + "sample_size"
 _SENTENCES = _PREFIX + "sentences"
 _NEGATIVE = _PREFIX + "negative"
@@ -24,12 +24,12 @@ _SQUARES = _PREFIX + "squares"
 _DRAWN = _PREFIX + "drawn"
 _DRAWN_SQUARED = _PREFIX + "drawn_squared"
 
-# Variance over ranks of `direction_sum`: 1 of different numbers, 1e-14 where processors round
-# differently. One rank of a thousand that is 5e-5 apart is seen.
+# Variance over ranks of `direction_sum`: 1 for different numbers, 1e-14 if processors round
+# differently. One rank of a thousand that differs by 5e-5 is detected.
 _SAME = 1e-12
 
 
-# What is logged as an average over the updates that had an ascent.
+# Figures that are averages over the updates with an ascent.
 _AVERAGES = (
     *("sam_loss", "sharpness", "ascent_gnorm", "sam_realised", "delta_sam_radius"),
     *("delta_sam_effective", "delta_sam_r", "delta_sam_negative"),
@@ -37,10 +37,10 @@ _AVERAGES = (
 
 
 class StepMetrics:
-    """Carries the ascent's figures to the moment when fairseq logs the update.
+    """Collect the ascent's figures until fairseq logs the update.
 
     fairseq's meters get the clean forward's logging outputs, so that loss and accuracy mean the
-    same with and without SAM. Beside them stand
+    same with and without SAM. This class adds
 
     ==================== ==================================================================
     sam_loss             loss at ``w + eps*``, in the units of loss
@@ -55,10 +55,10 @@ class StepMetrics:
     ==================== ==================================================================
 
     Args:
-        per_rank: every rank has an ascent of its own; the log then has the mean of
-            ascent_gnorm over ranks, and rank 0's delta_sam_r.
-        estimated: the clean forwards are those of a part of the sentences. What they log is an
-            estimate for all, and sharpness, which would compare different sentences, is left out.
+        per_rank: every rank has its own ascent; the log then has the mean of ascent_gnorm over
+            ranks, and rank 0's delta_sam_r.
+        estimated: the clean forwards have part of the sentences. They log an estimate for all;
+            sharpness is dropped, since it would compare different sentences.
         sums: whether logging outputs hold sums over sentences; an estimate is then scaled up to
             the sums over all.
 
@@ -66,9 +66,9 @@ class StepMetrics:
         reweighting: delta-SAM's weights, None for SAM.
         probe_radius: of delta-SAM's probe.
         ascent_gnorm: norm of the summed ascent gradient, without loss scale.
-        weights_divisor: what the weights of the sentences were divided by in the backward.
-        drawn: `direction_sum` of this rank, where ranks are to compare it.
-        realised: share of the ascent that survived rounding, None where nothing is rounded.
+        weights_divisor: by which the backward divided the sentences' weights.
+        drawn: `direction_sum` of this rank, if ranks compare it.
+        realised: share of the ascent that survived rounding, None without rounding.
     """
 
     ascent_gnorm: Tensor
@@ -98,8 +98,8 @@ class StepMetrics:
 
         Args:
             logging_output, sample_size: what the criterion returned.
-            is_dummy: whether the rank does not have this micro-batch.
-            share: of its sentences that were forwarded, above 0, at most 1.
+            is_dummy: whether this is fairseq's dummy for a rank without this micro-batch.
+            share: of its sentences in the forward, above 0, at most 1.
         """
         scale = share if self.sums else 1.0
         self._clean.append({k: _over(v, scale) for k, v in logging_output.items()})
@@ -108,15 +108,15 @@ class StepMetrics:
         self._dummies.append(is_dummy)
 
     def only_dummies(self) -> bool:
-        """Whether this rank had no sentence at all in this update."""
+        """Whether this rank had no sentence in this update."""
         return all(self._dummies)
 
     def sample_size(self, perturbed: Logs, counted: Any) -> Any:
-        """What this rank's micro-batches add to the denominator of the descent's gradient.
+        """Return this rank's term of the denominator of the descent's gradient.
 
         Args:
             perturbed: logging outputs of the descent's forward, one a micro-batch.
-            counted: fairseq's own count of it, wrong where the last micro-batch is a dummy.
+            counted: fairseq's own count, wrong if the last micro-batch is a dummy.
         """
         if not self.estimated:
             return self._forwarded()
@@ -128,12 +128,12 @@ class StepMetrics:
         )
 
     def _forwarded(self) -> Any:
-        """Sample size of this rank's clean forwards."""
+        """Return the sample size of this rank's clean forwards."""
         total = sum(s * (not dummy) for s, dummy in zip(self._sample_sizes, self._dummies))
         return total.float() if torch.is_tensor(total) else float(total)
 
     def merge(self, perturbed: Logs) -> Logs:
-        """The clean logging outputs, with what else is to be reduced over ranks among them.
+        """Return the clean logging outputs, with all other figures to reduce over ranks.
 
         Args:
             perturbed: logging outputs of the descent's forward, one a micro-batch.
@@ -151,7 +151,7 @@ class StepMetrics:
         if self.drawn is not None:
             merged[0].update({_DRAWN: self.drawn, _DRAWN_SQUARED: self.drawn**2})
         if self.estimated:
-            merged[0][_CLIMBED] = self._forwarded()
+            merged[0][_ASCENT_SIZE] = self._forwarded()
         if self.reweighting is not None:
             weights, n = self.reweighting.weights, self.reweighting.n
             merged[0][_SENTENCES] = float(len(weights))
@@ -160,13 +160,13 @@ class StepMetrics:
         return merged
 
     def require_same_draws(self, reduced: Logs) -> None:
-        """Compare what the ranks drew, in the first update; reading it waits for the device.
+        """Compare the ranks' random numbers in the first update; waits for the device.
 
         Args:
-            reduced: from `merge`, summed over or gathered from all ranks.
+            reduced: from `merge`, summed over all ranks or gathered.
 
         Raises:
-            ValueError: on every rank alike.
+            ValueError: the numbers differ; on every rank.
         """
         if self.drawn is None:
             return
@@ -198,7 +198,7 @@ class StepMetrics:
         for of_descent, log in zip(perturbed, (log for log in merged if _LOSS in log)):
             if _SIZE in log:
                 of_descent["sample_size"] = log[_SIZE]
-        keys = (_RANKS, _GNORM, _CLIMBED, _SENTENCES, _NEGATIVE, _SQUARES)
+        keys = (_RANKS, _GNORM, _ASCENT_SIZE, _SENTENCES, _NEGATIVE, _SQUARES)
         sums = {k: sum(log[k] for log in merged if k in log) for k in keys}
         return clean, perturbed, sums
 
@@ -214,18 +214,18 @@ class StepMetrics:
         """Log the figures to fairseq's active meters.
 
         Args:
-            task, criterion: know how logging outputs become a loss.
+            task, criterion: reduce logging outputs to a loss.
             clean, perturbed, sums: from `split`.
-            sample_size: of the global batch; weight of this update in averages.
+            sample_size: of the global batch; the weight of this update in averages.
         """
         loss, sam_loss = (_logged_loss(task, criterion, logs) for logs in (clean, perturbed))
         if loss is not None and sam_loss is not None:
             metrics.log_scalar("sam_loss", sam_loss, sample_size, priority=20, round=3)
             if not self.estimated:
                 metrics.log_scalar("sharpness", sam_loss - loss, sample_size, priority=21, round=6)
-        # The gradient of a rank's own shard is that of so many times fewer sentences.
+        # A rank's own shard has fewer sentences by the number of ranks.
         gnorm = sums[_GNORM] if self.per_rank else sums[_GNORM] / sums[_RANKS]
-        size = sums[_CLIMBED] if self.estimated else sample_size
+        size = sums[_ASCENT_SIZE] if self.estimated else sample_size
         metrics.log_scalar("ascent_gnorm", gnorm / (size or 1.0), priority=401, round=3)
         if self.realised is not None:
             metrics.log_scalar("sam_realised", self.realised, priority=21, round=3)
@@ -248,8 +248,7 @@ class StepMetrics:
 def on_host(figures: Any) -> Any:
     """Return nests of lists and dicts with their 0-dim tensors on the host.
 
-    All come in one copy, for which the device is waited for once; a read of each would wait for
-    each. Their dtypes stay.
+    One copy brings all, so that the host waits for the device once. Dtypes stay.
     """
     found: List[Tensor] = []
 
@@ -280,10 +279,10 @@ def _is_on_device(value: Any) -> bool:
 
 
 def without_ascent() -> None:
-    """Take figures of an ascent off fairseq's active meters where they would stand empty.
+    """Remove empty meters of the ascent from fairseq's active ones.
 
-    An update without an ascent adds nothing to them. Where fairseq has emptied its meters since
-    the last one (--log-interval), it would log them without a value.
+    An update without an ascent adds nothing to them. If fairseq has reset its meters since the
+    last ascent (--log-interval), it would log them without a value.
     """
     for meters in metrics.get_active_aggregators():
         for key in _AVERAGES:
@@ -294,7 +293,7 @@ def without_ascent() -> None:
 
 
 def drop_meters_of_ascent(sam: bool, delta_sam: bool) -> None:
-    """Drop the loaded meters that this run adds nothing to; fairseq would log them as null.
+    """Drop loaded meters that this run never updates; fairseq would log them as null.
 
     Args:
         sam: whether the run has ascents.
@@ -310,7 +309,7 @@ def drop_meters_of_ascent(sam: bool, delta_sam: bool) -> None:
 
 
 def _over(value: Any, share: float) -> Any:
-    """A sum over a share of the sentences, scaled up to all of them."""
+    """Scale a sum over a share of the sentences up to all of them."""
     number = torch.is_tensor(value) or isinstance(value, (int, float))
     if share == 1 or isinstance(value, bool) or not number:
         return value
@@ -318,7 +317,7 @@ def _over(value: Any, share: float) -> Any:
 
 
 def _logged_loss(task: Any, criterion: Any, logs: Logs) -> Optional[Any]:
-    """The loss that the task would log for these logging outputs, unrounded."""
+    """Return the loss that the task would log for these logging outputs, unrounded."""
     if not logs:
         return None
     with metrics.aggregate(new_root=True) as agg:

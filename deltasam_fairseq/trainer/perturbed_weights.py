@@ -1,8 +1,8 @@
-"""The weights that are perturbed: all that are trained, or those whose name matches a pattern.
+"""Select the perturbed weights: all that are trained, or those whose name matches a pattern.
 
 Mueller et al. 2023 ("Normalization Layers Are All That Sharpness-Aware Minimization Needs")
-perturb nothing but the normalisation layers. The ascent then needs the gradients of few weights:
-those of all others are not computed, reduced or kept.
+perturb the normalisation layers only. The ascent then computes, reduces and keeps the gradients of
+these few weights only.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ _SHOWN = 6
 
 
 class PerturbedWeights:
-    """What probe and ascent move.
+    """The weights that probe and ascent move.
 
     Args:
-        modules: model and criterion, out of their wrappers.
-        pattern: regular expression that is searched for in the names of their parameters; None
-            for all weights.
-        recomputes: whether the model computes activations anew in the backward
-            (--checkpoint-activations). Such a part of a model gets no gradients at all where
-            nothing that enters it asks for one, so that no weight may be held still.
+        modules: model and criterion, without their wrappers.
+        pattern: regular expression, searched in the names of their parameters; None for all
+            weights.
+        recomputes: whether the model recomputes activations in the backward
+            (--checkpoint-activations). A checkpointed part gets no gradients if none of its inputs
+            requires one, so that no weight may be frozen.
 
     Attributes:
-        trained: all weights that the optimizer trains, but fairseq 0.12's second copies.
-        partial: whether some of them are left out.
+        trained: all weights that the optimizer trains, except fairseq 0.12's second copies.
+        partial: whether a pattern selects some of them.
 
     Raises:
         ValueError: if no name of a trained weight matches.
@@ -59,11 +59,11 @@ class PerturbedWeights:
             raise ValueError(_no_match(pattern, named))
 
     def parameters(self) -> List[Parameter]:
-        """The weights that are perturbed, in the same order on every process."""
+        """Return the perturbed weights, in the same order on every process."""
         return [p for p in self._chosen if p.requires_grad]
 
     def describe(self) -> str:
-        """How many of how many weights."""
+        """Return a line for the log: how many of how many weights."""
         some, all_ = (sum(p.numel() for p in ps) for ps in (self._chosen, self.trained))
         return (
             f"--sam-only {self._pattern}: {some:,} of {all_:,} weights are perturbed, "
@@ -72,10 +72,10 @@ class PerturbedWeights:
 
     @contextlib.contextmanager
     def freeze_others(self) -> Iterator[None]:
-        """Within, a backward computes no gradients of other weights, but where it has to.
+        """Within, a backward computes no gradients of other weights, unless it recomputes.
 
         Raises:
-            ValueError: if the loss depends on none of the weights that are perturbed.
+            ValueError: if the loss depends on none of the perturbed weights.
         """
         others = [p for p in self.trained if p not in self._chosen and p.requires_grad]
         others = [] if self._recomputes else others
@@ -95,9 +95,9 @@ class PerturbedWeights:
                 p.requires_grad_(True)
 
     def average_grads(self, world_size: int, group: Any) -> None:
-        """Average their gradients over ranks, one all-reduce a dtype; none counts as zero.
+        """Average their gradients over ranks, one all-reduce a dtype; a missing one counts as zero.
 
-        What data-parallel wrappers do for the gradients of all weights.
+        Data-parallel wrappers do the same for the gradients of all weights.
         """
         by_dtype: Dict[torch.dtype, List[Parameter]] = {}
         for p in self.parameters():
@@ -112,7 +112,7 @@ class PerturbedWeights:
 
 
 def _no_match(pattern: str, named: Sequence[Tuple[str, Parameter]]) -> str:
-    """What to say: some names, of different kinds, from which a pattern can be made."""
+    """Return the error: it shows some names, of different kinds, to derive a pattern from."""
     kinds = {name.rsplit(".", 1)[0].rsplit(".", 1)[-1]: name for name, _ in named}
     names = list(kinds.values())[-_SHOWN:]
     return (

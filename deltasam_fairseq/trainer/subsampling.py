@@ -1,8 +1,7 @@
-"""A mini-batch with fewer of its sentences, for an ascent that is made from a fraction of them.
+"""Take a subset of a mini-batch's sentences for the ascent (--sam-ascent-fraction).
 
-Bahri et al. 2021 ("Sharpness-Aware Minimization Improves Language Model Generalization") climb
-along the gradient of a quarter of the batch, drawn at random. delta-SAM knows better ones: the
-sentences that it weighs most.
+Bahri et al. 2021 ("Sharpness-Aware Minimization Improves Language Model Generalization") use the
+gradient of a random quarter of the batch. delta-SAM selects the sentences with the largest weights.
 """
 
 import math
@@ -15,38 +14,38 @@ from torch import Tensor
 # Tensors of tokens with padding.
 _TOKENS = ("src_tokens", "prev_output_tokens")
 
-# Where in a mini-batch something is: the keys that lead to it.
+# Keys that lead to a tensor in a mini-batch.
 Path = Tuple[str, ...]
 
 
 def kept_count(n: int, fraction: float) -> int:
-    """``ceil(fraction n)``: how many of n sentences the ascent is made from, 1 to n."""
+    """Return ``ceil(fraction n)``, the number of n sentences in the ascent, 1 to n."""
     return max(1, math.ceil(fraction * n - 1e-9))  # 0.1 * 30 is 3.0000000000000004
 
 
 def draw_sentences(n: int, fraction: float, generator: torch.Generator) -> Tensor:
-    """Numbers of `kept_count` of n sentences, any subset as likely; ascending, shape (kept,)."""
+    """Draw `kept_count` of n sentences uniformly; return sorted indices, shape (kept,)."""
     shuffled = torch.randperm(n, generator=generator)
     return shuffled[: kept_count(n, fraction)].sort().values
 
 
 def most_unguarded(weights: Tensor, fraction: float) -> Tensor:
-    """Numbers of the sentences with the largest ``|a_j|``.
+    """Return the indices of the sentences with the largest ``|a_j|``.
 
     Args:
-        weights: ``g'_j``, shape (B,). They rise with ``|a_j|`` (Eq. 4 to 6, ``r >= 0``); where
-            they are uniform, the first sentences are taken.
+        weights: ``g'_j``, shape (B,). They rise with ``|a_j|`` (Eq. 4 to 6, ``r >= 0``); if they
+            are uniform, take the first sentences.
         fraction: above 0, at most 1.
 
     Returns:
-        ascending, shape (kept,).
+        sorted, shape (kept,).
     """
     order = torch.sort(weights, descending=True, stable=True).indices
     return order[: kept_count(len(weights), fraction)].sort().values
 
 
 def number_of_sentences(sample: Dict[str, Any]) -> int:
-    """B of a mini-batch of fairseq's.
+    """Return B of a fairseq mini-batch.
 
     Raises:
         ValueError: if it cannot be found.
@@ -58,28 +57,28 @@ def number_of_sentences(sample: Dict[str, Any]) -> int:
         if torch.is_tensor(tensor) and tensor.dim():
             return len(tensor)
     raise ValueError(
-        "--sam-ascent-fraction: the mini-batches of this task do not say how many sentences they "
-        "have (no nsentences, target or src_tokens); use --sam-ascent-fraction 1"
+        "--sam-ascent-fraction: the mini-batches of this task do not give their number of "
+        "sentences (no nsentences, target or src_tokens); use --sam-ascent-fraction 1"
     )
 
 
 def take_sentences(
     sample: Dict[str, Any], kept: Tensor, padding: int, multiple: int = 1
 ) -> Dict[str, Any]:
-    """The mini-batch of some sentences of ``sample``, which is not changed.
+    """Return the mini-batch of some sentences of ``sample``, which is not changed.
 
-    Columns at either end that are padding for all of them go, as if they had been put together
-    alone; ntokens is counted again.
+    Cut columns at either end that are padding for all of them, as fairseq's collater would, and
+    recount ntokens.
 
     Args:
-        sample: fairseq's mini-batch: nested dictionaries and lists of tensors, with the sentences
-            in their first dimension.
-        kept: numbers of the sentences, shape (kept,).
-        padding: what stands for padding in tokens.
-        multiple: of which lengths stay one, --required-seq-len-multiple.
+        sample: fairseq's mini-batch: nested dictionaries and lists of tensors whose first
+            dimension is sentences.
+        kept: indices of the sentences, shape (kept,).
+        padding: index of the padding token.
+        multiple: keep lengths a multiple of it, --required-seq-len-multiple.
 
     Raises:
-        ValueError: for a tensor in which the sentences cannot be told apart.
+        ValueError: the rows of a tensor are not one a sentence.
     """
     n = number_of_sentences(sample)
     part = _select(sample, kept, n, "sample")
@@ -104,7 +103,7 @@ def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
     if shape[0] != n:
         raise ValueError(
             f"--sam-ascent-fraction: {path} has shape {shape} in a mini-batch of {n} sentences, "
-            "and which rows belong to which sentence is not known; use --sam-ascent-fraction 1"
+            "so that its rows cannot be matched to sentences; use --sam-ascent-fraction 1"
         )
     if isinstance(node, np.ndarray):
         return node[kept.cpu().numpy()]
@@ -112,7 +111,7 @@ def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
 
 
 def _are_batched(nodes: Sequence[Any], n: int) -> bool:
-    """Whether each is a tensor with a row a sentence: as many as sentences by chance only."""
+    """Whether each node has one row a sentence; their count then equals n by chance."""
     return all(
         isinstance(node, (Tensor, np.ndarray)) and node.ndim > 0 and len(node) == n
         for node in nodes
@@ -120,7 +119,7 @@ def _are_batched(nodes: Sequence[Any], n: int) -> bool:
 
 
 def _map(node: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -> Any:
-    """The same nest with every tensor changed; ``change`` gets where it is, and itself."""
+    """Rebuild the nest with ``change(path, tensor)`` in place of every tensor."""
     if isinstance(node, dict):
         return {k: _map(v, change, (*path, str(k))) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
@@ -129,10 +128,10 @@ def _map(node: Any, change: Callable[[Path, Tensor], Tensor], path: Path = ()) -
 
 
 def _aligned(sample: Dict[str, Any], n: int) -> List[Dict[Path, Tensor]]:
-    """Tensors with a column for every token: one group for every tensor of tokens.
+    """Group the tensors that have a column a token: one group for every tensor of tokens.
 
-    A target belongs to prev_output_tokens, or else to src_tokens. What could belong to two
-    tensors of tokens leaves these two out.
+    A target belongs to prev_output_tokens, or else to src_tokens. If a tensor could belong to two
+    tensors of tokens, drop both groups.
     """
     found: Dict[Path, Tensor] = {}
 
@@ -166,9 +165,9 @@ def _are_tokens(tensor: Tensor) -> bool:
 
 
 def _without_padding(part: Dict[str, Any], n: int, padding: int, multiple: int) -> Dict[str, Any]:
-    """Cut off columns at the ends that are padding in all tensors of a group.
+    """Cut columns at the ends that are padding in all tensors of a group.
 
-    As many stay as make the length a multiple of ``multiple``, as far as there are any.
+    Keep enough of them to make the length a multiple of ``multiple``, if there are enough.
     """
     spans: Dict[Path, slice] = {}
     for group in _aligned(part, n):
@@ -184,9 +183,10 @@ def _without_padding(part: Dict[str, Any], n: int, padding: int, multiple: int) 
 
 
 def _count_tokens(sample: Dict[str, Any], part: Dict[str, Any], n: int, padding: int) -> Any:
-    """ntokens of ``part``: what is not padding, in the tensor whose count is the sample's ntokens.
+    """Return ntokens of ``part``: the tokens that are not padding.
 
-    Where there is none, the share of ``sample``'s that is the sentences'.
+    Count them in the tensor whose count in ``sample`` is ntokens; without one, scale ``sample``'s
+    ntokens by the share of sentences.
     """
     kept = number_of_sentences(part)
 
