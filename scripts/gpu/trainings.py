@@ -13,7 +13,7 @@ NEEDED = ("minilm/config.json", "glue/RTE/train.tsv")  # of the kit
 
 def main() -> int:
     """Become that program; return 2 if it lacks its files."""
-    kit = part_options(__doc__).parse_known_args()[0].kit
+    kit = part_options("trainings", __doc__).parse_known_args()[0].kit
     missing = [name for name in NEEDED if not (kit / name).is_file()]
     if not missing:
         os.execv(sys.executable, [sys.executable, "-m", "examples.glue.experiments", *sys.argv[1:]])
