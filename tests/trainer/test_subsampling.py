@@ -132,7 +132,7 @@ def test_rows_that_belong_to_no_sentence_are_refused():
 
 def test_mini_batch_of_unknown_size_is_refused():
     assert number_of_sentences({"target": torch.zeros(4, 1)}) == 4
-    with pytest.raises(ValueError, match="--sam-ascent-fraction.*do not say how many"):
+    with pytest.raises(ValueError, match="--sam-ascent-fraction.*do not give their number"):
         number_of_sentences({"aa-bb": {"nsentences": 3}})
 
 
