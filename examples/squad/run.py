@@ -120,7 +120,8 @@ def training(args: argparse.Namespace, data: Path, optimizer: str, seed: int) ->
     sam = ["--sam-rho", args.sam_rho] if "sam_" in optimizer else []
     sam += ["--delta-sam-beta", args.delta_sam_beta] if "delta_sam_" in optimizer else []
     return module(
-        *("fairseq_cli.train", data, "--user-dir", ROOT / "deltasam_fairseq"),
+        "fairseq_cli.train",
+        *(data, "--user-dir", ROOT / "deltasam_fairseq"),
         *("--task", "span_prediction", "--criterion", "span_prediction"),
         *("--arch", args.arch, *recipe.model, *start),
         *("--optimizer", optimizer, "--adam-betas", "(0.9, 0.98)", "--adam-eps", "1e-06", *sam),
