@@ -38,7 +38,8 @@ def parser() -> argparse.ArgumentParser:
     options = glue.common_options("examples.glue.search", __doc__.splitlines()[0])
     add = options.add_argument
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
-    add("--rho", nargs="+", type=float, default=[0.01, 0.02, 0.05], help="to try, above 0")
+    rhos = [0.003, 0.01, 0.03, 0.1, 0.3]  # docs/choosing_rho.md
+    add("--rho", nargs="+", type=float, default=rhos, help="to try (default: 0.003 to 0.3)")
     add("--beta", nargs="+", type=float, default=[3, 5, 10, 20, 50, 70], help="to try, above 0")
     add(
         "--by",
