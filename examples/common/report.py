@@ -65,7 +65,7 @@ def table(runs: Sequence[Dict[str, Any]]) -> pd.DataFrame:
     frame = pd.DataFrame(runs).drop(columns="epochs").astype({"sharpness": float})
     groups = frame.groupby("method", sort=False)
     means, stds, sizes = groups.mean(), groups.std(), groups.size()
-    means = means.where(groups.count() == groups.size().to_numpy()[:, None])
+    means = means.where(groups.count().eq(sizes, axis=0))
     digits = {"valid loss": 3, "sharpness": 4}
     rows = pd.DataFrame({"seeds": sizes.astype(str)})
     for name in means.columns[:-1]:

@@ -41,10 +41,7 @@ from examples.glue.report.runs import read_runs
 
 # rho and beta of the runs that are not searched for: clean data, short, see docs/choosing_rho.md
 SETTINGS: Dict[str, Dict[str, float]] = {
-    "CoLA": {"sam_rho": 0.01, "delta_sam_beta": 10},
-    "STS-B": {"sam_rho": 0.01, "delta_sam_beta": 10},
-    "MRPC": {"sam_rho": 0.01, "delta_sam_beta": 10},
-    "RTE": {"sam_rho": 0.01, "delta_sam_beta": 10},
+    task: {"sam_rho": 0.01, "delta_sam_beta": 10} for task in ("CoLA", "STS-B", "MRPC", "RTE")
 }
 METHODS = ("adam", "sam", "delta_sam")
 RIVALS = ("adam_2x", "swa")  # adam with twice the updates; SWA
@@ -397,7 +394,8 @@ def accuracies(record: Dict[str, Any]) -> str:
     rows = []
     for (task, method), found in groups.items():
         columns = torch.tensor([readings(run["epochs"]) for run in found])
-        means, spreads = columns.mean(0).tolist(), columns.std(0).tolist()
+        means = columns.mean(0).tolist()
+        spreads = columns.std(0).tolist() if len(found) > 1 else [math.nan] * len(means)
         cells = [f"{m:.1f}" + (f" ± {s:.1f}" if s == s else "") for m, s in zip(means, spreads)]
         seconds = sum(run["seconds"] or math.nan for run in found) / len(found)
         rows.append([task, method, str(len(found)), *cells, f"{seconds:.0f}"])

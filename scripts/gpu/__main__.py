@@ -21,6 +21,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import platform
 import shlex
 import signal
 import subprocess
@@ -85,20 +86,15 @@ def end_with_parent() -> None:
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
-def facts(device: str, command: Sequence[str]) -> str:
+def facts(device: str, command: str) -> str:
     """Return the heading of the findings: card, versions, date, command."""
-    script = (
-        "import platform, torch; c = torch.cuda; card = c.get_device_name() + ', ' + "
-        "'%.0f GiB' % (c.get_device_properties(0).total_memory / 2**30) if "
-        f"{device == 'cuda'} else 'CPU'; "
-        "print(f'{card}; torch {torch.__version__}, Python {platform.python_version()}')"
-    )
-    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
-    versions = found.stdout.strip() or (found.stderr.strip().splitlines() or ["no answer"])[-1]
-    date = datetime.date.today().isoformat()
-    return (
-        f"# First run on a GPU\n\n{versions}; {os.cpu_count()} CPU cores; {date}\n\n    {command}\n"
-    )
+    machine = "CPU"
+    if device == "cuda":
+        memory = torch.cuda.get_device_properties(0).total_memory / 2**30
+        machine = f"{torch.cuda.get_device_name()}, {memory:.0f} GiB"
+    versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+    line = f"{machine}; {versions}; {os.cpu_count()} CPU cores; {datetime.date.today()}"
+    return f"# First run on a GPU\n\n{line}\n\n    {command}\n"
 
 
 class FirstRun:

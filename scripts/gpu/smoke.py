@@ -24,7 +24,6 @@ from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.markdown import markdown_table
 from scripts.benchmark.methods import (
     PRECISIONS,
-    MethodUnavailable,
     Setting,
     arguments,
     build_trainer,
@@ -39,14 +38,8 @@ MODES = {
     "memory-efficient-fp16": "--memory-efficient-fp16",
     "memory-efficient-bf16": "--memory-efficient-bf16",
 }
-LOGGED = {  # prefix of an optimizer -> keys of the log
-    "sam_": ("sam_loss", "sharpness", "ascent_gnorm"),
-    "delta_sam_": (
-        *("sam_loss", "sharpness", "ascent_gnorm"),
-        *("delta_sam_effective", "delta_sam_r", "delta_sam_negative"),
-    ),
-}
-HALF_LOGGED = {"sam_": ("sam_realised",), "delta_sam_": ("sam_realised", "delta_sam_radius")}
+LOGGED = ("sam_loss", "sharpness", "ascent_gnorm")  # by SAM and delta-SAM
+LOGGED_BY_DELTA_SAM = ("delta_sam_effective", "delta_sam_r", "delta_sam_negative")
 NEEDS_MORE = ("lamb", "cpu_adam", "composite")  # apex, deepspeed, groups of parameters
 ADAM = "--adam-betas (0.9,0.98) --adam-eps 1e-6"  # of the benchmark's options
 LR = 1e-3
@@ -84,10 +77,12 @@ def log_of_update(trainer: Any, samples: List[Dict[str, Any]]) -> Dict[str, Any]
 
 def promised(optimizer: str, mode: str) -> List[str]:
     """Return the keys of the log that an optimizer promises."""
-    keys: List[str] = []
-    for prefix in LOGGED:
-        if optimizer.startswith(prefix):
-            keys = [*LOGGED[prefix], *(HALF_LOGGED[prefix] if mode != "fp32" else ())]
+    half, delta_sam = mode != "fp32", optimizer.startswith("delta_sam_")
+    if not (delta_sam or optimizer.startswith("sam_")):
+        return []
+    keys = [*LOGGED, *(["sam_realised"] if half else [])]
+    if delta_sam:
+        keys += [*LOGGED_BY_DELTA_SAM, *(["delta_sam_radius"] if half else [])]
     return keys
 
 
@@ -139,7 +134,7 @@ def main() -> int:
             continue
         try:
             wrong = faults(optimizer, mode, args.device)
-        except (Exception, MethodUnavailable) as error:
+        except Exception as error:
             last = traceback.extract_tb(error.__traceback__)[-1]
             wrong = [f"{type(error).__name__}: {error} ({Path(last.filename).name}:{last.lineno})"]
         seconds = round(time.monotonic() - begin, 2)

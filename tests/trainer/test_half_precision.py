@@ -17,15 +17,8 @@ from tests.helpers import gpu, tiny
 ROOT = Path(__file__).parents[2]
 REGRESSION = ROOT / "tests" / "regression"
 
-MODES = {
-    "fp16": ["--fp16", "--fp16-no-flatten-grads"],
-    "flat-fp16": ["--fp16"],
-    "bf16": ["--bf16"],
-    "memory-efficient-fp16": ["--memory-efficient-fp16"],
-    "memory-efficient-bf16": ["--memory-efficient-bf16"],
-    "amp": ["--amp"],
-}
-OPTIMIZERS = ["sam_adam", "delta_sam_adam"]
+MODES = {name: words for name, words in gpu.MODES.items() if name != "fp32"}
+OPTIMIZERS = gpu.OPTIMIZERS
 everywhere = pytest.mark.parametrize("optimizer", OPTIMIZERS)
 in_all_modes = pytest.mark.parametrize("mode", list(MODES))
 
