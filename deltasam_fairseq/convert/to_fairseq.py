@@ -317,7 +317,9 @@ def to_fairseq(
     sizes = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in options.items())
     separator = "" if config.model_type == "bert" else " --separator-token 2"
     flags = {f"--{k.replace('_', '-')}": "" if x is True else f" {out}/{x}" for k, x in bpe.items()}
+    both = all((source / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
     return [
+        *(["weights read from model.safetensors, not from pytorch_model.bin"] if both else []),
         f"{source} -> {out}: {size} tokens, MLM head {'kept' if lm else 'fresh'}, "
         f"classification head {kept}; both sides agree on {len(lines)} lines",
         f"to encode text: --bpe {BPE[family.arch]} {' '.join(k + x for k, x in flags.items())}",

@@ -242,9 +242,11 @@ class TestToFairseq:
     def test_bin_is_read_as_safetensors_is(self, tmp_path, family):
         hf, folder = folder_of(tmp_path, family)
         to_fairseq(folder, tmp_path / "safe")
-        (folder / "model.safetensors").unlink()
         save_bin(hf, folder)
-        to_fairseq(folder, tmp_path / "bin")
+        both = to_fairseq(folder, tmp_path / "both")
+        assert both[0] == "weights read from model.safetensors, not from pytorch_model.bin"
+        (folder / "model.safetensors").unlink()
+        assert "weights read" not in to_fairseq(folder, tmp_path / "bin")[0]
         one, other = (load(tmp_path / name)[0].state_dict() for name in ("safe", "bin"))
         assert one.keys() == other.keys()
         for name in set(one) - {n for n in one if "lm_head" in n}:  # fresh in both
