@@ -19,6 +19,7 @@ from deltasam_fairseq.algorithms.divergence import (
     squared_difference,
     symmetric_kl,
 )
+from deltasam_fairseq.algorithms.m_sharpness import Part, groups_of
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
@@ -64,6 +65,7 @@ __all__ = [
     "SENTENCES",
     "STRATEGIES",
     "Kernels",
+    "Part",
     "Perturbation",
     "Reweighting",
     "StochasticRounding",
@@ -79,6 +81,7 @@ __all__ = [
     "exponential_mean_",
     "freelb_start",
     "global_norm",
+    "groups_of",
     "guardedness",
     "guardedness_sums",
     "kl",

@@ -85,3 +85,22 @@ def per_instance_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
     n = len(losses(w))
     one_hot = torch.eye(n, dtype=w.dtype, device=w.device)
     return torch.stack([perturbation(gradient(losses, w, e), rho) for e in one_hot])
+
+
+def m_sharpness_reference(losses: Losses, w: Tensor, rho: float, m: int) -> Tensor:
+    """Return the descent gradient of m-sharpness (Foret et al. 2020, section 4.1).
+
+    ``(1/N) sum_k N_k grad L_k(w + eps_k)``, ``eps_k = rho grad L_k / ||grad L_k||`` of group k of
+    at most ``m`` consecutive sentences.
+
+    Returns:
+        shape (d,).
+    """
+    n = len(losses(w))
+    descent = torch.zeros_like(w)
+    for begin in range(0, n, m):
+        group = torch.zeros(n, dtype=w.dtype, device=w.device)
+        group[begin : begin + m] = 1.0
+        eps = perturbation(gradient(losses, w, group), rho)
+        descent += gradient(losses, w + eps, group) / n
+    return descent

@@ -2,7 +2,7 @@
 
 import re
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Tuple
 
 from fairseq.dataclass import ChoiceEnum, FairseqDataclass
 
@@ -117,6 +117,58 @@ def _check_pattern(pattern: Optional[str]) -> None:
         ) from e
 
 
+class Conflict(NamedTuple):
+    """Two options that cannot be combined.
+
+    Attributes:
+        option, other: names of their fields.
+        why: what goes wrong, and what to do.
+    """
+
+    option: str
+    other: str
+    why: str
+
+
+CONFLICTS: Tuple[Conflict, ...] = ()
+
+
+class Need(NamedTuple):
+    """An option that has a meaning only where another has a value.
+
+    Attributes:
+        option: name of its field.
+        other, value: the other field, and what it must be.
+        remedy: for whom it has a meaning, and what to do.
+    """
+
+    option: str
+    other: str
+    value: Any
+    remedy: str
+
+
+NEEDS = (
+    Need(
+        "sam_eta",
+        "sam_adaptive",
+        True,
+        "has a meaning only for ASAM; add --sam-adaptive or drop --sam-eta",
+    ),
+)
+
+
+def in_force(cfg: Any, option: str) -> bool:
+    """Whether an option of the configuration, by its field's name, has another than its default."""
+    default = DeltaSAMConfig.__dataclass_fields__[option].default
+    return bool(getattr(cfg, option, default) != default)
+
+
+def _as_given(cfg: Any, option: str) -> str:
+    value = getattr(cfg, option)
+    return f"--{option.replace('_', '-')}" + ("" if value is True else f" {value}")
+
+
 def check_optimizer_config(cfg: Any) -> None:
     """Check the values of a `SAMConfig` or `DeltaSAMConfig` (dataclass, DictConfig, Namespace).
 
@@ -125,9 +177,10 @@ def check_optimizer_config(cfg: Any) -> None:
     """
     check_options(cfg, DeltaSAMConfig)
     _check_pattern(cfg.sam_only)
-    require(
-        cfg.sam_adaptive or cfg.sam_eta == DEFAULT_ETA,
-        "sam_eta",
-        cfg.sam_eta,
-        "has a meaning only for ASAM; add --sam-adaptive or drop --sam-eta",
-    )
+    for need in NEEDS:
+        if in_force(cfg, need.option) and getattr(cfg, need.other) != need.value:
+            raise UsageError(f"{_as_given(cfg, need.option)}: {need.remedy}")
+    for one, other, why in CONFLICTS:
+        if in_force(cfg, one) and in_force(cfg, other):
+            both = f"{_as_given(cfg, one)} cannot be combined with {_as_given(cfg, other)}"
+            raise UsageError(f"{both}: {why}")

@@ -13,6 +13,7 @@ from deltasam_fairseq.algorithms.reference import (
     asam_reference,
     delta_sam_reference,
     gradient,
+    m_sharpness_reference,
     per_instance_reference,
     sam_reference,
 )
@@ -73,3 +74,31 @@ def test_twin_is_uniform_where_the_equations_say_nothing():
     flat, w = linear(torch.zeros(3, 2).double()), torch.ones(2).double()
     found = delta_sam_reference(flat, w, torch.ones(2).double(), 0.05, 3.0)
     assert found.weights.tolist() == [1 / 3] * 3 and found.eps.tolist() == [0.0, 0.0]
+
+
+def test_m_sharpness_of_quadratic_losses_by_hand():
+    """Losses w_1^2 / 2 and 2 w_2^2 at (1, 1): gradients (1, 0) and (0, 4).
+
+    M = 1, rho 1: perturbed at (2, 1) and (1, 2), gradients (2, 0) and (0, 8), mean (1, 4).
+    M = 2: their mean (1/2, 2) has norm sqrt(17) / 2; the gradient of the mean loss at w + eps is
+    ((1 + 1 / sqrt(17)) / 2, 2 (1 + 4 / sqrt(17))).
+    """
+    w, scale = torch.ones(2).double(), torch.tensor([0.5, 2.0]).double()
+    found = m_sharpness_reference(lambda w: scale * w.square(), w, rho=1.0, m=1)
+    assert found.tolist() == [1.0, 4.0]
+    found = m_sharpness_reference(lambda w: scale * w.square(), w, rho=1.0, m=2)
+    root = 17**0.5
+    expected = torch.tensor([(1 + 1 / root) / 2, 2 * (1 + 4 / root)]).double()
+    torch.testing.assert_close(found, expected)
+
+
+def test_m_sharpness_of_one_sentence_is_per_instance_and_of_all_is_sam():
+    losses, w = curved(), torch.randn(5, dtype=torch.float64)
+    each = torch.eye(6, dtype=torch.float64) / 6
+    eps = per_instance_reference(losses, w, 0.05)
+    expected = sum(gradient(losses, w + e, share) for e, share in zip(eps, each))
+    torch.testing.assert_close(m_sharpness_reference(losses, w, 0.05, 1), expected)
+    at = w + sam_reference(losses, w, 0.05)
+    expected = gradient(losses, at, torch.full((6,), 1 / 6, dtype=torch.float64))
+    for m in (6, 7):
+        torch.testing.assert_close(m_sharpness_reference(losses, w, 0.05, m), expected)
