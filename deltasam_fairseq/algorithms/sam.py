@@ -4,7 +4,7 @@ Foret et al. 2020, "Sharpness-Aware Minimization for Efficiently Improving Gener
 Kwon et al. 2021, "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning".
 """
 
-from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Dict, Iterable, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -102,7 +102,7 @@ def _groups(*lists: List[Tensor]) -> Iterator[Tuple[List[Tensor], ...]]:
             begin, filled = end, 0
 
 
-def _radius_over_norm(rho: float, norm: Tensor) -> Tensor:
+def _radius_over_norm(rho: Union[float, Tensor], norm: Tensor) -> Tensor:
     """Return ``rho / norm``; 0 for norm 0 (no ascent direction), NaN if it is not finite.
 
     The NaN is on purpose: through the loss at the perturbed weights it reaches the training
@@ -167,7 +167,7 @@ def sam_ascent_(
     out: Iterable[Tensor],
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    rho: float,
+    rho: Union[float, Tensor],
     rounding: Optional[StochasticRounding] = None,
 ) -> Perturbation:
     """Write the weights at the SAM perturbation.
@@ -179,7 +179,7 @@ def sam_ascent_(
         weights: ``w``, not changed.
         grads: ascent gradient ``g``; its scale cancels. Under data parallelism reduced by the
             caller, so that every process computes the same ``eps*``.
-        rho: radius of the ball in weight space, at least 0.
+        rho: radius of the ball in weight space, at least 0; a number or 0-dim tensor.
         rounding: see `move_along_`.
 
     Returns:
@@ -195,7 +195,7 @@ def asam_ascent_(
     out: Iterable[Tensor],
     weights: Sequence[Tensor],
     grads: Sequence[Tensor],
-    rho: float,
+    rho: Union[float, Tensor],
     eta: float,
     rounding: Optional[StochasticRounding] = None,
 ) -> Perturbation:

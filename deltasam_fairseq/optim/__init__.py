@@ -8,13 +8,11 @@ from deltasam_fairseq.optim.sharpness_aware import (
     masters_of,
     sharpness_aware,
 )
-from deltasam_fairseq.optim.weights import SwappedWeights
 
 __all__ = [
     "DeltaSAMConfig",
     "SAMConfig",
     "SharpnessAwareOptimizer",
-    "SwappedWeights",
     "gradients_of_masters",
     "masters_of",
     "register_sharpness_aware_optimizers",

@@ -21,8 +21,8 @@ from deltasam_fairseq.algorithms.sharpness import (
     per_instance_rises,
     sam_direction,
 )
+from deltasam_fairseq.core import SwappedWeights
 from deltasam_fairseq.criterions import has_per_sentence_losses, per_sentence_losses
-from deltasam_fairseq.optim.weights import SwappedWeights
 from deltasam_fairseq.sharpness.options import UsageError
 
 Sample = Dict[str, Any]

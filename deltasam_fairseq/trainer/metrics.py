@@ -1,12 +1,12 @@
 """Log the figures of a sharpness-aware update."""
 
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import Reweighting
+from deltasam_fairseq.core import AscentFigures
 
 Logs = List[Dict[str, Any]]
 
@@ -63,25 +63,17 @@ class StepMetrics:
             the sums over all.
 
     Attributes:
-        reweighting: delta-SAM's weights, None for SAM.
-        probe_radius: of delta-SAM's probe.
-        ascent_gnorm: norm of the summed ascent gradient, without loss scale.
-        weights_divisor: by which the backward divided the sentences' weights.
+        figures: of the ascent, once it is complete.
         drawn: `direction_sum` of this rank, if ranks compare it.
-        realised: share of the ascent that survived rounding, None without rounding.
     """
 
-    ascent_gnorm: Tensor
+    figures: AscentFigures
 
     def __init__(self, per_rank: bool, estimated: bool = False, sums: bool = True) -> None:
         self.per_rank = per_rank
         self.estimated = estimated
         self.sums = sums
-        self.reweighting: Optional[Reweighting] = None
-        self.probe_radius: Optional[Tensor] = None
-        self.realised: Optional[Tensor] = None
         self.drawn: Optional[Tensor] = None
-        self.weights_divisor: Union[float, Tensor] = 1.0
         self._clean: Logs = []
         self._sample_sizes: List[Any] = []
         self._shares: List[float] = []
@@ -147,16 +139,17 @@ class StepMetrics:
         ]
         if not merged:
             return merged
-        merged[0].update({_RANKS: 1.0, _GNORM: self.ascent_gnorm})
+        merged[0].update({_RANKS: 1.0, _GNORM: self.figures.gnorm})
         if self.drawn is not None:
             merged[0].update({_DRAWN: self.drawn, _DRAWN_SQUARED: self.drawn**2})
         if self.estimated:
             merged[0][_ASCENT_SIZE] = self._forwarded()
-        if self.reweighting is not None:
-            weights, n = self.reweighting.weights, self.reweighting.n
+        reweighting = self.figures.reweighting
+        if reweighting is not None:
+            weights, n = reweighting.weights, reweighting.n
             merged[0][_SENTENCES] = float(len(weights))
             merged[0][_NEGATIVE] = (weights < 0).sum().double()
-            merged[0][_SQUARES] = n * n * self.reweighting.squares
+            merged[0][_SQUARES] = n * n * reweighting.squares
         return merged
 
     def require_same_draws(self, reduced: Logs) -> None:
@@ -227,22 +220,24 @@ class StepMetrics:
         gnorm = sums[_GNORM] if self.per_rank else sums[_GNORM] / sums[_RANKS]
         size = sums[_ASCENT_SIZE] if self.estimated else sample_size
         metrics.log_scalar("ascent_gnorm", gnorm / (size or 1.0), priority=401, round=3)
-        if self.realised is not None:
-            metrics.log_scalar("sam_realised", self.realised, priority=21, round=3)
-        if self.reweighting is None:
+        found, reweighting = self.figures, self.figures.reweighting
+        if found.realised is not None:
+            metrics.log_scalar("sam_realised", found.realised, priority=21, round=3)
+        if reweighting is None:
             return
-        if self.realised is not None and self.probe_radius is not None:
-            metrics.log_scalar("delta_sam_radius", self.probe_radius, priority=25, round=3)
+        if found.realised is not None and found.probe_radius is not None:
+            metrics.log_scalar("delta_sam_radius", found.probe_radius, priority=25, round=3)
         n = sums[_SENTENCES]
         metrics.log_scalar("delta_sam_effective", n / sums[_SQUARES], priority=22, round=3)
-        metrics.log_scalar("delta_sam_r", self.reweighting.r, priority=23, round=3)
+        metrics.log_scalar("delta_sam_r", reweighting.r, priority=23, round=3)
         metrics.log_scalar("delta_sam_negative", sums[_NEGATIVE] / n, priority=24, round=3)
-        uniform = self.reweighting.uniform.double()
+        uniform = reweighting.uniform.double()
         metrics.log_scalar_sum("delta_sam_uniform", uniform, priority=25, round=0)
 
     def finite(self) -> Optional[Tensor]:
         """Whether the guardedness of all sentences is finite, 0-dim; None for SAM."""
-        return None if self.reweighting is None else self.reweighting.finite
+        reweighting = self.figures.reweighting
+        return None if reweighting is None else reweighting.finite
 
 
 def on_host(figures: Any) -> Any:

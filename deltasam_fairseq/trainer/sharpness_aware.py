@@ -6,8 +6,8 @@
     optimizer.step          w + eps* -> w, then the base optimizer's step
 
 Loss scaling, clipping, overflow and NaN handling and EMA of the descent are fairseq's own. This
-module orders the steps; ``ascent`` has the ascent, ``algorithms`` the mathematics, ``optim`` moves
-the weights, ``criterions`` computes the losses.
+module orders the steps; ``core`` has the ascent and moves the weights, ``ascent`` gives it
+fairseq's passes, ``algorithms`` has the mathematics, ``criterions`` computes the losses.
 """
 
 import contextlib
@@ -24,6 +24,7 @@ from torch.nn import Parameter
 from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.checkpoints import DataRecord
 from deltasam_fairseq.checkpoints.data_record import KEY as DATA
+from deltasam_fairseq.core import RngReplay
 from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import (
     SharpnessAwareOptimizer,
@@ -46,7 +47,6 @@ from deltasam_fairseq.trainer.metrics import (
     without_ascent,
 )
 from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
-from deltasam_fairseq.trainer.rng_replay import RngReplay
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if sam is not None:
             tf32 = multiplies_in_tf32(self.device)
             copies = masters_of(self._optimizer), tf32, gradients_of_masters(self._optimizer)
-            sam.compute_in(self._compute_dtype(), *copies)
+            sam.core.compute_in(self._compute_dtype(), *copies)
             self._ascent_step = AscentStep(self, sam, weights)
             logger.info(sam.describe())
             if isinstance(self._optimizer, AMPOptimizer):
@@ -197,7 +197,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         return stats
 
     def _count_overflow(self, log: Optional[StepMetrics]) -> None:
-        where = "descent" if log is not None and torch.isfinite(log.ascent_gnorm) else "ascent"
+        where = "descent" if log is not None and torch.isfinite(log.figures.gnorm) else "ascent"
         metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
 
     def _fairseqs_step(self, samples: List[Any], raise_oom: bool) -> Any:
@@ -292,10 +292,10 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if sam is None:
             state = super().state_dict()
         else:
-            log, moved = self._step_metrics, sam.weights.moved
-            if log is not None and not torch.isfinite(log.ascent_gnorm):
-                sam.weights.restore()
-            with sam.weights.suspended():
+            log, moved = self._step_metrics, sam.core.weights.moved
+            if log is not None and not torch.isfinite(log.figures.gnorm):
+                sam.core.weights.restore()
+            with sam.core.weights.suspended():
                 state = super().state_dict()
                 if moved:  # the weights move again while the state is being saved
                     state["model"] = {k: v.clone() for k, v in state["model"].items()}

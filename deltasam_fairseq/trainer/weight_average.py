@@ -8,7 +8,7 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import exponential_mean_, running_mean_
-from deltasam_fairseq.optim import SwappedWeights
+from deltasam_fairseq.core import SwappedWeights
 from deltasam_fairseq.trainer.checkpoint_state import AVERAGES, RAW, N
 
 

@@ -21,8 +21,8 @@ import torch
 from fairseq.checkpoint_utils import load_checkpoint_to_cpu
 from fairseq.logging import metrics
 
+from deltasam_fairseq.core import RngReplay
 from deltasam_fairseq.markdown import markdown_table
-from deltasam_fairseq.trainer.rng_replay import RngReplay
 from scripts.benchmark.criterion_cost import PLAIN, batches, build, time_trainers
 from scripts.benchmark.methods import Sample
 

@@ -38,9 +38,9 @@ from deltasam_fairseq.algorithms import (
     probe_generator,
     unit_roundoff,
 )
+from deltasam_fairseq.core import Parts, Perturber, Radius
 from deltasam_fairseq.criterions import per_sentence_losses
 from deltasam_fairseq.markdown import markdown_table
-from deltasam_fairseq.optim import DeltaSAMConfig, SharpnessAwareOptimizer
 
 # What the weights are kept in, and what a product multiplies them in.
 PRECISIONS = {
@@ -129,11 +129,10 @@ class Model:
         self.masters = masters if torch.finfo(kept_in).bits < 32 else None
         self._exact: Dict[Tuple[float, int], Tensor] = {}
 
-    def sam(self, rho: float, radius: Any = None) -> SharpnessAwareOptimizer:
-        options = DeltaSAMConfig(sam_rho=rho, delta_sam_probe_radius=radius)
-        optimizer = _Detached(options, self.params)
-        optimizer.compute_in(self.dtype, self.masters)
-        return optimizer
+    def sam(self, rho: float, radius: Any = None) -> Perturber:
+        perturber = Perturber(Parts(Radius(rho)), probe_radius=radius)
+        perturber.compute_in(self.dtype, self.masters)
+        return perturber
 
     def losses(self) -> Tensor:
         with torch.autocast(
@@ -182,16 +181,6 @@ class Model:
         scale = 128.0 if self.dtype == torch.float16 else 1.0
         (self.losses().sum() * scale).backward()
         return [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
-
-
-class _Detached(SharpnessAwareOptimizer):
-    """The plugin's probe and ascent without a base optimizer."""
-
-    base_name = "none"
-
-    @staticmethod
-    def base_class(cfg: Any, params: Any) -> Any:  # type: ignore[override]
-        return None
 
 
 def measure(

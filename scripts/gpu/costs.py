@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import OPERATIONS, Kernels, StochasticRounding, global_norm
+from deltasam_fairseq.core import compiled_rounding
 from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.markdown import markdown_table
-from deltasam_fairseq.optim import compiled_rounding
 from scripts.benchmark.measure import Seconds, Update, measure_here, synchronize, time_in_turn
 from scripts.benchmark.methods import OURS, PEERS, RHO, Setting, arguments, build_trainer
 from scripts.benchmark.report import (

@@ -13,8 +13,8 @@ from deltasam_fairseq.algorithms import (
     update_generator,
 )
 from deltasam_fairseq.algorithms.rounding import _AT_A_TIME
-from deltasam_fairseq.optim import compiled_rounding
-from deltasam_fairseq.optim.compiled_rounding import rounding_kernels
+from deltasam_fairseq.core import compiled_rounding
+from deltasam_fairseq.core.compiled_rounding import rounding_kernels
 from tests.helpers import gpu, tiny
 
 compiles = pytest.mark.skipif(gpu.WITHOUT_COMPILER is not None, reason=str(gpu.WITHOUT_COMPILER))

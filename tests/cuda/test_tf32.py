@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from deltasam_fairseq.algorithms import multiplies_in_tf32
+from deltasam_fairseq.core import parts
 from deltasam_fairseq.optim import sharpness_aware
-from deltasam_fairseq.trainer import ascent
 from tests.helpers import gpu, tiny
 from tests.helpers.twin import FLOAT64, NO_DROPOUT
 
@@ -34,7 +34,7 @@ def shares_of(tmp_path, monkeypatch):
             *("--sam-rho", "0.02", "--batch-size", "32", *NO_DROPOUT, *more),
         ]
         torch.backends.cuda.matmul.allow_tf32 = tf32
-        seen, own = [], ascent.reweight
+        seen, own = [], parts.reweight
         with monkeypatch.context() as patch:
             if not known:
                 patch.setattr(trainer_module, "multiplies_in_tf32", lambda device: False)
@@ -43,7 +43,7 @@ def shares_of(tmp_path, monkeypatch):
             )
             # Not checkpoint_utils.load_checkpoint, which needs fairseq's compiled extensions.
             trainer.load_checkpoint(str(REGRESSION / "small_roberta.pt"), reset_optimizer=True)
-            patch.setattr(ascent, "reweight", lambda a, *x: seen.append(a) or own(a, *x))
+            patch.setattr(parts, "reweight", lambda a, *x: seen.append(a) or own(a, *x))
             trainer.train_step(tiny.batches(trainer)[:1])
         return seen[0].abs() / seen[0].abs().sum(), trainer
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 from fairseq.logging import metrics
 
+from deltasam_fairseq.core import parts
 from deltasam_fairseq.optim import sharpness_aware
-from deltasam_fairseq.trainer import ascent
 from tests.helpers import gpu, tiny
 from tests.helpers.twin import NO_DROPOUT
 
@@ -19,16 +19,16 @@ BOUNDS_OF["fp32"] = BOUNDS["fp32"]
 
 def update(trainer, monkeypatch):
     """One update: guardedness, eps* and the log; weights must come back bit for bit."""
-    seen, found, reweight = [], [], ascent.reweight
+    seen, found, reweight = [], [], parts.reweight
     before = tiny.weights(trainer)
     hook = trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(moved(trainer)))
     with monkeypatch.context() as patch:
-        patch.setattr(ascent, "reweight", lambda a, *more: found.append(a) or reweight(a, *more))
+        patch.setattr(parts, "reweight", lambda a, *more: found.append(a) or reweight(a, *more))
         with metrics.aggregate(new_root=True) as agg:
             trainer.train_step(tiny.batches(trainer)[:1])
     hook.remove()
     assert all(map(torch.equal, tiny.weights(trainer), before))  # the learning rate is 0
-    assert not sharpness_aware(trainer.optimizer).weights.moved
+    assert not sharpness_aware(trainer.optimizer).core.weights.moved
     eps = seen[-1] - torch.cat([w.flatten() for w in before]).cpu().double()
     log = {key: float(agg[key].avg) for key in ("loss", "sam_loss", "gnorm")}
     return found[0].cpu() if found else None, eps, log

@@ -56,7 +56,7 @@ def build_trainer(
 def draw_on_the_host(monkeypatch: Any) -> None:
     """Let the probe's direction be drawn in float32 on the host, whatever device it is for."""
     probe = importlib.import_module("deltasam_fairseq.algorithms.probe")
-    optim = importlib.import_module("deltasam_fairseq.optim.sharpness_aware")
+    perturber = importlib.import_module("deltasam_fairseq.core.perturber")
     fill = probe.fill_direction_
 
     def fill_from_host(out: List[torch.Tensor], generator: Any, threads: int) -> None:
@@ -68,6 +68,6 @@ def draw_on_the_host(monkeypatch: Any) -> None:
     def on_the_host(seed: int, update: int, device: torch.device) -> torch.Generator:
         return probe_generator(seed, update, torch.device("cpu"))
 
-    for module in (probe, optim):
+    for module in (probe, perturber):
         monkeypatch.setattr(module, "fill_direction_", fill_from_host)
-    monkeypatch.setattr(optim, "probe_generator", on_the_host)
+    monkeypatch.setattr(perturber, "probe_generator", on_the_host)

@@ -32,12 +32,12 @@ def record(trainer, seen):
     sam = sharpness_aware(trainer.optimizer)
     if sam is None:
         return
-    ascent_step = trainer._ascent_step
-    reweight, ascend = ascent_step._reweight, sam.ascend
+    weighting, ascend = sam.core.parts.weighting, sam.core.ascend
+    weigh = weighting.weigh
 
-    def recording_reweight(samples, clean, replay, log):
-        found = reweight(samples, clean, replay, log)
-        seen["weights"].append(log.reweighting.weights.clone())
+    def recording_weigh(*args):
+        found = weigh(*args)
+        seen["weights"].append(found.weights.clone())
         return found
 
     def recording_ascend(params, *args):
@@ -47,7 +47,7 @@ def record(trainer, seen):
         seen["eps"].append(torch.cat([m.flatten() for m in moved]))
         return ascent
 
-    ascent_step._reweight, sam.ascend = recording_reweight, recording_ascend
+    weighting.weigh, sam.core.ascend = recording_weigh, recording_ascend
 
 
 def count_collectives(counts):

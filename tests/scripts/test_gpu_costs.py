@@ -10,7 +10,7 @@ import types
 import pytest
 import torch
 
-from deltasam_fairseq.optim import compiled_rounding
+from deltasam_fairseq.core import compiled_rounding
 from scripts.benchmark import measure, methods, report
 from scripts.gpu import costs
 

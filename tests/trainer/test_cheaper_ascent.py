@@ -35,7 +35,7 @@ def end(trainer):
 
 def record_ascents(trainer):
     """Note of every ascent: number of updates done, weights that had a gradient, eps*."""
-    sam, seen = sharpness_aware(trainer.optimizer), []
+    sam, seen = sharpness_aware(trainer.optimizer).core, []
     ascend = sam.ascend
 
     def recording(params, seed, update):
@@ -95,7 +95,7 @@ class TestReducesTo:
             trainer.train_step(samples[:1])
             sam = sharpness_aware(trainer.optimizer)
             if only_first[1] == "1":
-                sam.rho = 0.0  # the base optimizer, bit for bit
+                sam.core.parts.radius.rho = 0.0  # the base optimizer, bit for bit
             for sample in samples[1:]:
                 trainer.train_step([sample])
             ends.append(end(trainer))

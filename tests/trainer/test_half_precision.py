@@ -9,9 +9,9 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
+from deltasam_fairseq.core import parts
+from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
 from deltasam_fairseq.optim import masters_of, sharpness_aware
-from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
-from deltasam_fairseq.trainer import ascent
 from tests.helpers import gpu, tiny
 
 ROOT = Path(__file__).parents[2]
@@ -75,7 +75,7 @@ def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode)
 @everywhere
 def test_no_second_copy_where_there_are_float32_masters(classification, tmp_path, optimizer, mode):
     trainer = build(classification, tmp_path, optimizer, mode)
-    weights = sharpness_aware(trainer.optimizer).weights
+    weights = sharpness_aware(trainer.optimizer).core.weights
     masters = "memory" not in mode and mode != "amp"
     assert isinstance(weights, OverwrittenWeights if masters else SwappedWeights)
     trainer.train_step(tiny.batches(trainer)[:1])
@@ -243,13 +243,13 @@ def test_overflow_of_every_retry_is_counted_once(classification, tmp_path, mode)
 )
 def test_guardedness_in_an_update(classification, tmp_path, monkeypatch, mode, micro_batches, more):
     """As the trainer finds it, against float32, with random weights of a tiny model."""
-    found, reweight = [], ascent.reweight
+    found, reweight = [], parts.reweight
 
     def spied(a, *args):
         found.append(a)
         return reweight(a, *args)
 
-    monkeypatch.setattr(ascent, "reweight", spied)
+    monkeypatch.setattr(parts, "reweight", spied)
     for options in (MODES[mode], []):
         argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *options)
         trainer = tiny.build_trainer([*argv, "--dropout", "0.1", *more])
@@ -334,7 +334,7 @@ def test_under_autocast_the_cast_leaves_the_ascent_alone(classification, tmp_pat
     argv = tiny.arguments(classification, tmp_path, "--optimizer", "sam_adam", "--lr", "0")
     trainer = tiny.build_trainer(argv)
     sam = sharpness_aware(trainer.optimizer)
-    sam.compute_in(dtype)
+    sam.core.compute_in(dtype)
     before, seen = tiny.weights(trainer), []
     trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(tiny.weights(trainer)))
     trainer.train_step(tiny.batches(trainer)[:1])

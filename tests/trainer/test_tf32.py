@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from fairseq import checkpoint_utils
 
 from deltasam_fairseq.algorithms import multiplies_in_tf32
+from deltasam_fairseq.core import parts
 from deltasam_fairseq.optim import sharpness_aware
-from deltasam_fairseq.trainer import ascent
 from deltasam_fairseq.trainer import sharpness_aware as trainer_module
 from tests.helpers import tiny
 
@@ -57,8 +57,8 @@ def guardedness_of(tmp_path, monkeypatch):
             sample, seen = tiny.batches(trainer)[0], []
             if simulated:
                 patch.setattr(F, "linear", rounding_linear)
-            original = ascent.reweight
-            patch.setattr(ascent, "reweight", lambda a, *more: seen.append(a) or original(a, *more))
+            original = parts.reweight
+            patch.setattr(parts, "reweight", lambda a, *more: seen.append(a) or original(a, *more))
             trainer.train_step([sample])
         return seen[0].abs() / seen[0].abs().sum(), sharpness_aware(trainer.optimizer)
 
@@ -68,10 +68,10 @@ def guardedness_of(tmp_path, monkeypatch):
 def test_weights_of_sentences_are_those_of_float32(guardedness_of):
     """Total variation to float32: the literal probe drowns in the rounding, the rule's does not."""
     exact, sam = guardedness_of(simulated=False, known=False)
-    assert sam.probe_signs == (1.0,)
+    assert sam.core.probe_signs == (1.0,)
     literal, _ = guardedness_of(simulated=True, known=False)
     ruled, sam = guardedness_of(simulated=True, known=True)
-    assert sam.probe_signs == (1.0, -1.0) and sam.half_dtype is None
+    assert sam.core.probe_signs == (1.0, -1.0) and sam.core.half_dtype is None
     assert "TF32" in sam.describe()
     apart = [float((shares - exact).abs().sum() / 2) for shares in (literal, ruled)]
     assert apart[0] > 0.1 and apart[1] < 0.05, apart

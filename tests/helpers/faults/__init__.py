@@ -29,6 +29,7 @@ from fairseq import checkpoint_utils
 from fairseq.models.roberta import RobertaModel
 
 from deltasam_fairseq import SharpnessAwareTrainer
+from deltasam_fairseq.core import Perturber
 from deltasam_fairseq.optim import SharpnessAwareOptimizer, sharpness_aware
 
 FAULT = json.loads(os.environ.get("FAULT", "{}"))
@@ -75,9 +76,9 @@ def hook(owner, name, before=None, after=None):
     setattr(owner, name, wrapper)
 
 
-hook(SharpnessAwareOptimizer, "probe", after="probe")
+hook(Perturber, "probe", after="probe")
 hook(SharpnessAwareOptimizer, "all_reduce_grads", before="reduction")
-hook(SharpnessAwareOptimizer, "ascend", after="ascended")
+hook(Perturber, "ascend", after="ascended")
 
 
 def see(train_step):
@@ -109,8 +110,8 @@ def poison(forward):
         output, extra = forward(self, *args, **kwargs)
         if not TRAINERS or not FAULT:
             return output, extra
-        sam = sharpness_aware(TRAINERS[-1].optimizer)
-        place = "descent" if sam._ready_to_step else "probe" if sam.weights.moved else "clean"
+        core = sharpness_aware(TRAINERS[-1].optimizer).core
+        place = "descent" if core.ready_to_step else "probe" if core.weights.moved else "clean"
         if due(f"nan {place}"):
             FAULT["moment"] = "over"
             output = output * float("nan")

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from deltasam_fairseq.algorithms import OPERATIONS, StochasticRounding, move_along_
-from deltasam_fairseq.optim import compiled_rounding
-from deltasam_fairseq.optim.compiled_rounding import rounding_kernels
+from deltasam_fairseq.core import compiled_rounding
+from deltasam_fairseq.core.compiled_rounding import rounding_kernels
 from tests.helpers.gpu import WITHOUT_COMPILER
 
 

@@ -5,7 +5,7 @@ import random
 import numpy as np
 import torch
 
-from deltasam_fairseq.trainer.rng_replay import RngReplay
+from deltasam_fairseq.core.rng_replay import RngReplay
 
 
 def draw():

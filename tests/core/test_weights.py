@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from deltasam_fairseq.optim.weights import OverwrittenWeights, SwappedWeights
+from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
 
 
 @pytest.fixture

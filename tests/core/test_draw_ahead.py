@@ -14,7 +14,7 @@ def sam(classification, tmp_path):
     trainer = tiny.build_trainer(
         tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam")
     )
-    return sharpness_aware(trainer.optimizer), trainer._trainable()
+    return sharpness_aware(trainer.optimizer).core, trainer._trainable()
 
 
 def probed(sam, params, seed, update):
@@ -49,7 +49,7 @@ def test_an_error_of_the_thread_is_not_lost(sam, monkeypatch):
     def fail(*_):
         raise MemoryError("no room for the direction")
 
-    module = sys.modules["deltasam_fairseq.optim.sharpness_aware"]
+    module = sys.modules["deltasam_fairseq.core.perturber"]
     monkeypatch.setattr(module, "fill_direction_", fail)
     optimizer.draw_ahead(params, 1, 7)
     with pytest.raises(MemoryError, match="no room"):
@@ -78,7 +78,7 @@ MODES = {
 
 def both_sides(sam, params, seed, update):
     """The weights ahead and behind, and how many directions were drawn."""
-    module, drawn = sys.modules["deltasam_fairseq.optim.sharpness_aware"], []
+    module, drawn = sys.modules["deltasam_fairseq.core.perturber"], []
     with pytest.MonkeyPatch.context() as patch:
         for name in ("fill_direction_", "directions"):
             real = getattr(module, name)
@@ -96,7 +96,7 @@ def test_both_sides_of_one_drawing_in_half_precision(classification, tmp_path, m
     """Bit for bit the sides of two drawings, which is how it is without room for the direction."""
     argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *MODES[mode])
     trainer = tiny.build_trainer(argv)
-    sam, params = sharpness_aware(trainer.optimizer), trainer._trainable()
+    sam, params = sharpness_aware(trainer.optimizer).core, trainer._trainable()
     before = [p.data.clone() for p in params]
     expected = [probed(sam, params, 1, 7)]
     sam.probe(params, 1, 7, -1.0)
@@ -119,7 +119,7 @@ def test_both_sides_of_one_drawing_in_half_precision(classification, tmp_path, m
 def test_other_side_of_another_update_is_drawn(classification, tmp_path):
     argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", "--bf16")
     trainer = tiny.build_trainer(argv)
-    sam, params = sharpness_aware(trainer.optimizer), trainer._trainable()
+    sam, params = sharpness_aware(trainer.optimizer).core, trainer._trainable()
     sam.probe(params, 1, 8, -1.0)
     expected = [p.data.clone() for p in params]
     sam.restore()
@@ -149,7 +149,7 @@ def test_drawn_ahead_only_where_a_forward_comes_first(
     """With several micro-batches the central difference makes no clean forward."""
     argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", "--bf16")
     trainer = tiny.build_trainer(argv)
-    sam, calls = sharpness_aware(trainer.optimizer), []
+    sam, calls = sharpness_aware(trainer.optimizer).core, []
     monkeypatch.setattr(sam, "draw_ahead", lambda *args: calls.append(args))
     trainer.train_step(tiny.batches(trainer)[:micro_batches])
     assert len(calls) == ahead

@@ -1,0 +1,33 @@
+"""What moves the weights and orders an ascent, for fairseq's trainer and a plain PyTorch loop."""
+
+from deltasam_fairseq.core.ascent import Ascent, AscentFigures
+from deltasam_fairseq.core.parts import (
+    DeltaWeighting,
+    Descent,
+    Mask,
+    Parts,
+    Radius,
+    Reduce,
+    Weighting,
+)
+from deltasam_fairseq.core.passes import Passes
+from deltasam_fairseq.core.perturber import Perturber
+from deltasam_fairseq.core.rng_replay import RngReplay
+from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
+
+__all__ = [
+    "Ascent",
+    "AscentFigures",
+    "DeltaWeighting",
+    "Descent",
+    "Mask",
+    "OverwrittenWeights",
+    "Parts",
+    "Passes",
+    "Perturber",
+    "Radius",
+    "Reduce",
+    "RngReplay",
+    "SwappedWeights",
+    "Weighting",
+]

@@ -1,0 +1,119 @@
+"""What a method of the family changes in an update: the parts of SAM, one base class each.
+
+    SAM      eps* = rho grad(sum_j l_j) / ||...||,    step along grad(sum_j l_j)(w + eps*)
+
+A method replaces one part, or several: the weights of the sentences in the ascent (`Weighting`),
+rho (`Radius`), the weights that move (`Mask`), the gradient of the step (`Descent`). Parts combine.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Callable, List, Sequence, Union
+
+from torch import Tensor
+from torch.nn import Parameter
+
+from deltasam_fairseq.algorithms import Reweighting, guardedness_sums, reweight
+
+# Adds a tensor up over all processes of the ascent, in place.
+Reduce = Callable[[Tensor], None]
+
+
+class Weighting:
+    """Weights of the sentences in the ascent's loss; here uniform (SAM, Foret et al. 2020).
+
+    Attributes:
+        probes: whether the weights depend on losses at a probe, ``w + rho u / ||u||``.
+    """
+
+    probes = False
+
+    def shape_direction_(self, u: List[Tensor]) -> None:
+        """Make the probe's direction of ``u ~ N(0, I)``, in place; here ``u`` itself."""
+
+    def weigh(self, a: Tensor, reduce: Reduce) -> Reweighting:
+        """Return the weights of this process's sentences in the global batch.
+
+        Args:
+            a: rise of the losses at a probe of radius rho, shape (B,), float64; B may be 0.
+            reduce: adds a tensor up over all processes.
+
+        Returns:
+            a `Reweighting`; its ``weights`` are ``N p_j``, 1 for a uniform one.
+        """
+        raise NotImplementedError
+
+
+class DeltaWeighting(Weighting):
+    """delta-SAM's: ``N g'_j`` of Eq. 4 to 6, from the guardedness ``a``.
+
+    Args:
+        beta: scale of the reweighting, above 0.
+    """
+
+    probes = True
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+
+    def weigh(self, a: Tensor, reduce: Reduce) -> Reweighting:
+        """See `reweight`; one reduction of four float64 numbers."""
+        sums = guardedness_sums(a)
+        reduce(sums)
+        return reweight(a, sums, self.beta)
+
+
+class Radius:
+    """The radius of the perturbation, L2 norm in weight space; here constant.
+
+    Args:
+        rho: at least 0.
+    """
+
+    def __init__(self, rho: float) -> None:
+        self.rho = rho
+
+    def in_force(self, update: int, passes: Any) -> Union[float, Tensor]:
+        """Return rho of one ascent, a number or 0-dim tensor.
+
+        Args:
+            update: number of updates done.
+            passes: the ascent's `deltasam_fairseq.core.passes.Passes`, at w.
+        """
+        return self.rho
+
+
+class Mask:
+    """Which elements of the weights the ascent moves; here all."""
+
+    def masked(self, params: Sequence[Parameter], grads: List[Tensor]) -> List[Tensor]:
+        """Return what the ascent moves ``params`` along, whose norm counts; here ``grads``."""
+        return grads
+
+
+class Descent:
+    """What the step's gradient is computed from; here the loss at ``w + eps*``."""
+
+    def keep(self, params: Sequence[Parameter], divisor: Union[float, Tensor]) -> None:
+        """Take note of the ascent's reduced gradient, in ``p.grad``, before the weights move.
+
+        Args:
+            params: the perturbed weights.
+            divisor: what the gradient lacks to the scale that the descent's will have.
+        """
+
+    def loss(self, i: int, losses: Tensor) -> Tensor:
+        """Return what micro-batch ``i`` takes the gradient of, a sum over its losses (B,)."""
+        return losses.sum()
+
+    def correct_(self, params: Sequence[Parameter]) -> None:
+        """Change the descent's gradients, in ``p.grad``, after reduction and before clipping."""
+
+
+@dataclass
+class Parts:
+    """One method: a part for every place of the update where methods differ."""
+
+    radius: Radius
+    weighting: Weighting = field(default_factory=Weighting)
+    mask: Mask = field(default_factory=Mask)
+    descent: Descent = field(default_factory=Descent)
