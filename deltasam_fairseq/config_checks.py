@@ -21,6 +21,7 @@ from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
 logger = logging.getLogger(__name__)
 
 _DEFAULT_RESTORE_FILE = "checkpoint_last.pt"
+_KEEP_ALL = ("span_prediction", "sentence_embedding")  # tasks of ours: batches of any size
 
 
 def _name(node: Any) -> Any:
@@ -85,6 +86,12 @@ def _check_criterion(cfg: Any) -> None:
     if cls is None or not issubclass(cls, RegularisedCriterion):
         return
     cls.check(cfg.criterion)
+    fraction = getattr(cfg.optimizer, "sam_ascent_fraction", 1)
+    if cls.NEEDS_WHOLE_BATCH and fraction != 1:
+        raise ValueError(
+            f"--sam-ascent-fraction {fraction} cannot be combined with --criterion {name}: the "
+            "loss of a sentence depends on the others of its batch; give --sam-ascent-fraction 1"
+        )
     if cls.task_name is not None and _name(cfg.task) not in (None, cls.task_name):
         raise ValueError(
             f"--criterion {name} cannot be combined with --task {_name(cfg.task)}: use --task "
@@ -258,7 +265,7 @@ def warn_about_dropped_sentences(cfg: Any) -> None:
         cfg: fairseq's whole configuration.
     """
     multiple = cfg.dataset.required_batch_size_multiple
-    if multiple > 1 and _name(cfg.task) != "span_prediction" and drops_sentences(multiple):
+    if multiple > 1 and _name(cfg.task) not in _KEEP_ALL and drops_sentences(multiple):
         logger.warning(
             f"--required-batch-size-multiple {multiple}: this fairseq drops up to "
             f"{multiple - 1} sentences of every data set, in validation too, and logs nothing; "

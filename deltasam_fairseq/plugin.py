@@ -6,7 +6,7 @@ from typing import Any, Dict, List
 import fairseq.trainer
 from fairseq.tasks.masked_lm import MaskedLMTask
 
-from deltasam_fairseq import bpe, checkpoints, command_line, models, squad  # noqa: F401  register
+from deltasam_fairseq import bpe, checkpoints, command_line, models, squad, sts  # noqa: F401  register
 from deltasam_fairseq.config_checks import check_config, warn_about_dropped_sentences
 from deltasam_fairseq.fairseq_patches import (
     classification_heads,

@@ -105,8 +105,18 @@ def span_prediction(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sentence_embedding(tmp_path_factory):
+    return tiny.write_sentences(tmp_path_factory.mktemp("sentence_embedding"))
+
+
+@pytest.fixture(scope="session")
 def data_of(
-    taught_classification, language_modelling, taught_translation, ranking, span_prediction
+    taught_classification,
+    language_modelling,
+    taught_translation,
+    ranking,
+    span_prediction,
+    sentence_embedding,
 ):
     """Data directory of each criterion."""
     classification, translation = taught_classification, taught_translation
@@ -114,6 +124,7 @@ def data_of(
         **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,
         "span_prediction": span_prediction,
+        **dict.fromkeys(tiny.CONTRASTIVE, sentence_embedding),
         "masked_lm": language_modelling,
         "cross_entropy": translation,
         "label_smoothed_cross_entropy": translation,

@@ -21,7 +21,7 @@ FLOORS = [
     {"bpe", "checkpoints", "core", "lr_schedulers", "models"},
     {"optim"},
     {"criterions", "data"},
-    {"config_checks", "glue", "squad", "trainer"},
+    {"config_checks", "glue", "squad", "sts", "trainer"},
     {"average", "command_line", "convert", "sharpness"},
     {"plugin"},
     {"__init__", "__main__"},

@@ -151,7 +151,14 @@ class Regulariser:
 
 
 class RegularisedCriterion:
-    """Mixin of the criterions; a kind of task provides `batch` and `logging_output`."""
+    """Mixin of the criterions; a kind of task provides `batch` and `logging_output`.
+
+    Attributes:
+        NEEDS_WHOLE_BATCH: whether the loss of a sentence depends on the other sentences of its
+            batch, so that a part of a batch has other losses.
+    """
+
+    NEEDS_WHOLE_BATCH: ClassVar[bool] = False
 
     regulariser_class: ClassVar[Type[Regulariser]]
     config_class: ClassVar[Type[FairseqDataclass]]

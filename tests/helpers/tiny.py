@@ -32,6 +32,8 @@ SENTENCE_CRITERIONS = (
     *("sentence_prediction", "plain", "r3f", "r_drop", "freelb", "smart", "vat", "distill"),
 )
 
+CONTRASTIVE = ("nt_xent", "nt_xent_r3f")
+
 # What a criterion cannot do without; the file is made by `write_teacher`.
 TEACHER = "teacher.pt"
 WITH_TEACHER = ("distill", "seq2seq_distill")
@@ -168,6 +170,28 @@ def write_span_prediction(
     return path
 
 
+def write_sentences(path: Path, train: int = 32, valid: int = 12) -> Path:
+    """sentence_embedding data: sentences of 9 to 16 words; pairs, scored by the words in common."""
+    words = dictionary()
+    names = [words[i] for i in range(words.nspecial, len(words))]
+    path.mkdir(parents=True, exist_ok=True)
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *names]
+    (path / "vocab.txt").write_text("".join(f"{piece}\n" for piece in pieces))
+    words.save(str(path / "dict.txt"))
+    rng = np.random.RandomState(1)
+
+    def sentence() -> List[str]:
+        return list(rng.choice(names, rng.randint(9, 17)))
+
+    (path / "train.txt").write_text("".join(f"{' '.join(sentence())}\n" for _ in range(train)))
+    pairs = [(sentence(), sentence()) for _ in range(valid)]
+    rows = (f"{len({*a} & {*b})}\t{' '.join(a)}\t{' '.join(b)}\n" for a, b in pairs)
+    (path / "valid.tsv").write_text("".join(rows))
+    bpe = {"name": "wordpiece", "options": {"wordpiece_vocab": "vocab.txt"}}
+    (path / "task.json").write_text(json.dumps({"task": "sentence_embedding", "bpe": bpe}))
+    return path
+
+
 def arguments(
     data: Path, save_dir: Path, *more: str, criterion: str = "sentence_prediction"
 ) -> List[str]:
@@ -179,6 +203,7 @@ def arguments(
         "sentence_ranking": ["--task", "sentence_ranking", *MODEL, "--num-classes", "2"]
         + ["--init-token", "0", "--separator-token", "2"],
         "span_prediction": ["--task", "span_prediction", *MODEL],
+        **dict.fromkeys(CONTRASTIVE, ["--task", "sentence_embedding", *MODEL]),
         "masked_lm": ["--task", "masked_lm", *MODEL, "--sample-break-mode", "complete"]
         + ["--tokens-per-sample", "24"],
     }.get(criterion)
