@@ -19,6 +19,9 @@ from deltasam_fairseq.algorithms.divergence import (
     squared_difference,
     symmetric_kl,
 )
+from deltasam_fairseq.algorithms.fisher import largest_mask, masked
+from deltasam_fairseq.algorithms.functional import functional_loss
+from deltasam_fairseq.algorithms.gsam import gsam_correct_
 from deltasam_fairseq.algorithms.m_sharpness import Part, groups_of
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
@@ -39,6 +42,7 @@ from deltasam_fairseq.algorithms.reweighting import (
     reweight,
     sum_tokens,
 )
+from deltasam_fairseq.algorithms.rho_schedule import rho_along_lr, rho_in_warmup
 from deltasam_fairseq.algorithms.rounding import (
     OPERATIONS,
     Kernels,
@@ -57,6 +61,7 @@ from deltasam_fairseq.algorithms.sam import (
     move_along_,
     sam_ascent_,
 )
+from deltasam_fairseq.algorithms.trust_region import trust_region_sums
 
 __all__ = [
     "OPERATIONS",
@@ -77,14 +82,18 @@ __all__ = [
     "direction_sum",
     "directions",
     "draw_direction_",
-    "fill_direction_",
     "exponential_mean_",
+    "fill_direction_",
     "freelb_start",
+    "functional_loss",
     "global_norm",
     "groups_of",
+    "gsam_correct_",
     "guardedness",
     "guardedness_sums",
     "kl",
+    "largest_mask",
+    "masked",
     "move_along_",
     "multiplied_in",
     "multiplies_in_tf32",
@@ -94,6 +103,8 @@ __all__ = [
     "random_bits",
     "resolvable_radius",
     "reweight",
+    "rho_along_lr",
+    "rho_in_warmup",
     "running_mean_",
     "sam_ascent_",
     "sentence_norm",
@@ -101,6 +112,7 @@ __all__ = [
     "squared_difference",
     "sum_tokens",
     "symmetric_kl",
+    "trust_region_sums",
     "unit_roundoff",
     "update_generator",
 ]

@@ -7,6 +7,7 @@ perturbation exists here only, to measure what delta-SAM approximates.
 ``losses`` maps a flat weight vector, shape (d,), to the losses of N sentences, shape (N,).
 """
 
+import math
 from typing import Callable, NamedTuple
 
 import torch
@@ -104,3 +105,47 @@ def m_sharpness_reference(losses: Losses, w: Tensor, rho: float, m: int) -> Tens
         eps = perturbation(gradient(losses, w, group), rho)
         descent += gradient(losses, w + eps, group) / n
     return descent
+
+
+def gsam_reference(losses: Losses, w: Tensor, rho: float, alpha: float) -> Tensor:
+    """Return GSAM's gradient of the mean loss (Zhuang et al. 2022, Algorithm 1), shape (d,)."""
+    n = len(losses(w))
+    uniform = torch.full((n,), 1.0 / n, dtype=w.dtype)
+    g = gradient(losses, w, uniform)
+    g_p = gradient(losses, w + perturbation(g, rho), uniform)
+    unit = g_p / g_p.norm()
+    return g_p - alpha * (g - (g @ unit) * unit)
+
+
+def functional_reference(
+    outputs: Callable[[Tensor], Tensor], loss: Callable[[Tensor], Tensor], w: Tensor, rho: float
+) -> Tensor:
+    """Return ``J_z(w + eps*)^T dL/dz(w)`` of functional SAM (Singh et al. 2025), shape (d,).
+
+    Args:
+        outputs: z, of a flat weight vector.
+        loss: L of z, 0-dim.
+    """
+    z = outputs(w).detach().requires_grad_()
+    (delta,) = torch.autograd.grad(loss(z), z)
+    at_w = w.detach().clone().requires_grad_()
+    (g,) = torch.autograd.grad(loss(outputs(at_w)), at_w)
+    _, product = torch.autograd.functional.vjp(outputs, w + perturbation(g, rho), delta)
+    return product
+
+
+def fisher_reference(losses: Losses, w: Tensor, share: float) -> Tensor:
+    """Return which weights FSAM perturbs (Zhong et al. 2022), by sorting; boolean, shape (d,)."""
+    n = len(losses(w))
+    one_hot = torch.eye(n, dtype=w.dtype)
+    fisher = torch.stack([gradient(losses, w, e) ** 2 for e in one_hot]).mean(0)
+    mask = torch.zeros_like(fisher, dtype=torch.bool)
+    mask[fisher.argsort(descending=True)[: math.ceil(share * len(w))]] = True
+    return mask & (fisher > 0)
+
+
+def tram_reference(losses: Losses, w: Tensor, d: Tensor) -> Tensor:
+    """Return ``d w^2 g / ||w g||`` of TRAM (Sherborne et al. 2024), shape (d,)."""
+    n = len(losses(w))
+    g = gradient(losses, w, torch.full((n,), 1.0 / n, dtype=w.dtype))
+    return d * w**2 * g / (w * g).norm()

@@ -1,6 +1,7 @@
 """What moves the weights and orders an ascent, for fairseq's trainer and a plain PyTorch loop."""
 
 from deltasam_fairseq.core.ascent import Ascent, AscentFigures
+from deltasam_fairseq.core.gsam import GSAM
 from deltasam_fairseq.core.parts import (
     DeltaWeighting,
     Descent,
@@ -12,10 +13,12 @@ from deltasam_fairseq.core.parts import (
 )
 from deltasam_fairseq.core.passes import Passes
 from deltasam_fairseq.core.perturber import Perturber
+from deltasam_fairseq.core.rho_schedule import RhoAlongLR, RhoWarmup
 from deltasam_fairseq.core.rng_replay import RngReplay
 from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
 
 __all__ = [
+    "GSAM",
     "Ascent",
     "AscentFigures",
     "DeltaWeighting",
@@ -27,6 +30,8 @@ __all__ = [
     "Perturber",
     "Radius",
     "Reduce",
+    "RhoAlongLR",
+    "RhoWarmup",
     "RngReplay",
     "SwappedWeights",
     "Weighting",

@@ -31,6 +31,7 @@ class AscentFigures:
         weights_divisor: by which the backward divided the sentences' weights.
         gnorm: norm of the summed ascent gradient, without loss scale.
         realised: share of the ascent that survived rounding, None without rounding.
+        rho: in force, where it is not the same in every update.
     """
 
     reweighting: Optional[Reweighting] = None
@@ -38,6 +39,7 @@ class AscentFigures:
     weights_divisor: Union[float, Tensor] = 1.0
     gnorm: Tensor = field(init=False)
     realised: Optional[Tensor] = None
+    rho: Optional[Union[float, Tensor]] = None
 
 
 class Ascent:
@@ -70,6 +72,7 @@ class Ascent:
         passes.average_grads()
         parts.descent.keep(params, figures.weights_divisor)
         ascent = perturber.ascend(params, seed, update)
+        figures.rho = perturber.rho if parts.radius.varies else None
         figures.gnorm = ascent.norm * figures.weights_divisor / passes.scale
         figures.realised = ascent.realised if perturber.half_dtype is not None else None
         return figures
@@ -159,7 +162,7 @@ class Ascent:
         rises, radius = self._probe(passes, clean, draw)
         with torch.autograd.profiler.record_function("sam-reweight"):
             real = [rise[: 0 if passes.is_dummy(i) else None] for i, rise in enumerate(rises)]
-            a = torch.cat(real) * (perturber.rho / radius)
+            a = torch.cat(real) * (perturber.parts.radius.rho / radius)
             found = perturber.parts.weighting.weigh(a, passes.reduce)
             figures.reweighting, figures.probe_radius = found, radius
             if perturber.half_dtype is not None:

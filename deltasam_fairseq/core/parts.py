@@ -7,7 +7,7 @@ rho (`Radius`), the weights that move (`Mask`), the gradient of the step (`Desce
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, List, Sequence, Union
+from typing import Any, Callable, List, Mapping, Sequence, Union
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -66,11 +66,24 @@ class Radius:
     """The radius of the perturbation, L2 norm in weight space; here constant.
 
     Args:
-        rho: at least 0.
+        rho: at least 0; the largest of the run.
+
+    Attributes:
+        varies: whether updates have other radii, which the log then has.
     """
+
+    varies = False
 
     def __init__(self, rho: float) -> None:
         self.rho = rho
+
+    def active(self, update: int) -> bool:
+        """Whether the update after ``update`` updates perturbs the weights at all."""
+        return self.rho > 0
+
+    def describe(self) -> str:
+        """Return a few words for the log."""
+        return f"rho {self.rho:g}"
 
     def in_force(self, update: int, passes: Any) -> Union[float, Tensor]:
         """Return rho of one ascent, a number or 0-dim tensor.
@@ -91,7 +104,13 @@ class Mask:
 
 
 class Descent:
-    """What the step's gradient is computed from; here the loss at ``w + eps*``."""
+    """What the step's gradient is computed from; here the loss at ``w + eps*``.
+
+    Attributes:
+        corrects: whether `correct_` does anything.
+    """
+
+    corrects = False
 
     def keep(self, params: Sequence[Parameter], divisor: Union[float, Tensor]) -> None:
         """Take note of the ascent's reduced gradient, in ``p.grad``, before the weights move.
@@ -105,8 +124,17 @@ class Descent:
         """Return what micro-batch ``i`` takes the gradient of, a sum over its losses (B,)."""
         return losses.sum()
 
-    def correct_(self, params: Sequence[Parameter]) -> None:
-        """Change the descent's gradients, in ``p.grad``, after reduction and before clipping."""
+    def correct_(self, grads: Mapping[Parameter, Tensor]) -> None:
+        """Change the descent's gradients in place, after reduction and before clipping.
+
+        Args:
+            grads: of all trained weights that have one, in the units of what `keep` found, and in
+                the precision in which the optimizer reads them.
+        """
+
+    def describe(self) -> str:
+        """Return a few words for the log, none for SAM."""
+        return ""
 
 
 @dataclass

@@ -166,8 +166,8 @@ class Perturber:
     def _choose_probe_radius(self, values: List[Tensor]) -> Tensor:
         """R, 0-dim float64, on the device of the weights."""
         if self.probe_radius is None and self.probe_dtype is not None:
-            return resolvable_radius(values, self.probe_dtype).clamp(min=self.rho)
-        radius = self.rho if self.probe_radius is None else self.probe_radius
+            return resolvable_radius(values, self.probe_dtype).clamp(min=self.parts.radius.rho)
+        radius = self.parts.radius.rho if self.probe_radius is None else self.probe_radius
         return torch.zeros((), dtype=torch.float64, device=values[0].device) + radius
 
     def _direction(

@@ -5,6 +5,7 @@ from deltasam_fairseq.optim.register import register_sharpness_aware_optimizers
 from deltasam_fairseq.optim.sharpness_aware import (
     SharpnessAwareOptimizer,
     gradients_of_masters,
+    gradients_to_step_along,
     masters_of,
     sharpness_aware,
 )
@@ -14,6 +15,7 @@ __all__ = [
     "SAMConfig",
     "SharpnessAwareOptimizer",
     "gradients_of_masters",
+    "gradients_to_step_along",
     "masters_of",
     "register_sharpness_aware_optimizers",
     "sharpness_aware",

@@ -10,6 +10,7 @@ from deltasam_fairseq.options import UsageError, check_options, option, require
 
 DEFAULT_ETA = 0.01
 SCOPES = ChoiceEnum(["global", "rank"])
+RHO_SCHEDULES = ChoiceEnum(["constant", "lr", "warmup"])
 
 
 @dataclass
@@ -77,6 +78,47 @@ class SAMConfig(FairseqDataclass):
             "default: all weights"
         },
     )
+    sam_rho_schedule: RHO_SCHEDULES = field(  # type: ignore[valid-type]
+        default="constant",
+        metadata={
+            "help": "rho of an update: constant; lr: between --sam-rho-min and --sam-rho as the "
+            "learning rate is between --sam-rho-lr-min and --sam-rho-lr-max (GSAM, Zhuang et al. "
+            "2022); warmup: linear from --sam-rho-min to --sam-rho over --sam-rho-warmup-updates"
+        },
+    )
+    sam_rho_min: float = option(
+        0.0,
+        "smallest rho of --sam-rho-schedule lr and warmup, L2 norm in weight space; GSAM's public "
+        "code: a sixth of --sam-rho",
+        remedy="0 begins as the base optimizer",
+        at_least=0,
+    )
+    sam_rho_lr_min: float = option(
+        0.0,
+        "learning rate at which --sam-rho-schedule lr has --sam-rho-min",
+        remedy="the smallest of the run",
+        at_least=0,
+    )
+    sam_rho_lr_max: Optional[float] = option(
+        None,
+        "learning rate at which --sam-rho-schedule lr has --sam-rho. Default: the largest of --lr",
+        remedy="omit it for the largest of --lr",
+        above=0,
+    )
+    sam_rho_warmup_updates: Optional[int] = option(
+        None,
+        "updates from --sam-start-update on in which --sam-rho-schedule warmup reaches --sam-rho",
+        remedy="it is a number of updates, a tenth of the run for example",
+        at_least=1,
+    )
+    sam_gsam_alpha: float = option(
+        0.0,
+        "GSAM (Zhuang et al. 2022): step along g_p - alpha g_perp, where g_p is the gradient at "
+        "w + eps* and g_perp the part of the gradient at w that is orthogonal to it; no unit. "
+        "0: SAM. GSAM's public code for ViT: 0.6, with --sam-rho-schedule lr",
+        remedy="0.1 to 0.6 are usual",
+        at_least=0,
+    )
 
 
 @dataclass
@@ -130,7 +172,15 @@ class Conflict(NamedTuple):
     why: str
 
 
-CONFLICTS: Tuple[Conflict, ...] = ()
+_WHOLE_GRADIENT = (
+    "GSAM needs the gradient of the whole batch's loss at w, for all weights; drop one"
+)
+CONFLICTS: Tuple[Conflict, ...] = (
+    Conflict("delta_sam_beta", "sam_gsam_alpha", f"{_WHOLE_GRADIENT}, or use --optimizer sam_*"),
+    Conflict("sam_gsam_alpha", "sam_only", _WHOLE_GRADIENT),
+    Conflict("sam_gsam_alpha", "sam_ascent_fraction", _WHOLE_GRADIENT),
+    Conflict("sam_gsam_alpha", "sam_scope", _WHOLE_GRADIENT),
+)
 
 
 class Need(NamedTuple):
@@ -138,28 +188,35 @@ class Need(NamedTuple):
 
     Attributes:
         option: name of its field.
-        other, value: the other field, and what it must be.
+        other, values: the other field, and what it must be.
         remedy: for whom it has a meaning, and what to do.
     """
 
     option: str
     other: str
-    value: Any
+    values: Tuple[Any, ...]
     remedy: str
 
 
+_FOR_SCHEDULE = "has a meaning only for a rho that changes; add --sam-rho-schedule {} or drop it"
 NEEDS = (
     Need(
         "sam_eta",
         "sam_adaptive",
-        True,
+        (True,),
         "has a meaning only for ASAM; add --sam-adaptive or drop --sam-eta",
     ),
+    Need("sam_rho_min", "sam_rho_schedule", ("lr", "warmup"), _FOR_SCHEDULE.format("lr or warmup")),
+    Need("sam_rho_lr_min", "sam_rho_schedule", ("lr",), _FOR_SCHEDULE.format("lr")),
+    Need("sam_rho_lr_max", "sam_rho_schedule", ("lr",), _FOR_SCHEDULE.format("lr")),
+    Need("sam_rho_warmup_updates", "sam_rho_schedule", ("warmup",), _FOR_SCHEDULE.format("warmup")),
 )
 
 
 def in_force(cfg: Any, option: str) -> bool:
     """Whether an option of the configuration, by its field's name, has another than its default."""
+    if option == "delta_sam_beta":  # of delta-SAM's optimizers only, and on by default
+        return getattr(cfg, option, 0) > 0
     default = DeltaSAMConfig.__dataclass_fields__[option].default
     return bool(getattr(cfg, option, default) != default)
 
@@ -178,9 +235,20 @@ def check_optimizer_config(cfg: Any) -> None:
     check_options(cfg, DeltaSAMConfig)
     _check_pattern(cfg.sam_only)
     for need in NEEDS:
-        if in_force(cfg, need.option) and getattr(cfg, need.other) != need.value:
+        if in_force(cfg, need.option) and getattr(cfg, need.other) not in need.values:
             raise UsageError(f"{_as_given(cfg, need.option)}: {need.remedy}")
     for one, other, why in CONFLICTS:
         if in_force(cfg, one) and in_force(cfg, other):
             both = f"{_as_given(cfg, one)} cannot be combined with {_as_given(cfg, other)}"
             raise UsageError(f"{both}: {why}")
+    if cfg.sam_rho_schedule == "warmup":
+        given = cfg.sam_rho_warmup_updates is not None
+        require(given, "sam_rho_schedule", "warmup", "give --sam-rho-warmup-updates too")
+    if cfg.sam_rho_schedule != "constant":
+        remedy = f"must be at most --sam-rho {cfg.sam_rho:g}, the largest; exchange the two"
+        require(cfg.sam_rho_min <= cfg.sam_rho, "sam_rho_min", cfg.sam_rho_min, remedy)
+    if cfg.sam_rho_lr_max is not None:
+        remedy = f"must be below --sam-rho-lr-max {cfg.sam_rho_lr_max:g}; exchange the two"
+        require(
+            cfg.sam_rho_lr_min < cfg.sam_rho_lr_max, "sam_rho_lr_min", cfg.sam_rho_lr_min, remedy
+        )

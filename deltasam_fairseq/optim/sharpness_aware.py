@@ -8,16 +8,10 @@ from fairseq.optim.adam import FairseqAdam
 from torch import Tensor
 from torch.nn import Parameter
 
-from deltasam_fairseq.core import (
-    DeltaWeighting,
-    OverwrittenWeights,
-    Parts,
-    Perturber,
-    Radius,
-    Weighting,
-)
+from deltasam_fairseq.core import OverwrittenWeights, Perturber
 from deltasam_fairseq.optim.adam import choose_step
 from deltasam_fairseq.optim.config import check_optimizer_config
+from deltasam_fairseq.optim.parts import parts_of
 
 # Key of a checkpoint's optimizer state that holds float32 weights. It is not with the keys in
 # trainer/checkpoint_state.py because optim may not import the trainer.
@@ -65,7 +59,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.every: int = cfg.sam_every
         self.only: Optional[str] = cfg.sam_only
         self.core = Perturber(
-            Parts(Radius(cfg.sam_rho), DeltaWeighting(self.beta) if self.beta else Weighting()),
+            parts_of(cfg, self.get_lr),
             eta=cfg.sam_eta if cfg.sam_adaptive else None,
             probe_radius=getattr(cfg, "delta_sam_probe_radius", None),
         )
@@ -73,11 +67,13 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
     def describe(self) -> str:
         """One line for the log: what this optimizer does, with its values."""
         core, method = self.core, "delta-SAM" if self.beta else "SAM"
-        parts = [f"rho {core.rho:g}"]
+        parts = [core.parts.radius.describe()]
         if self.beta:
             parts.append(f"beta {self.beta:g}")
         if core.eta is not None:
             parts.append(f"adaptive, eta {core.eta:g}")
+        if core.parts.descent.describe():
+            parts.append(core.parts.descent.describe())
         if self.per_rank:
             parts.append("each rank from its own shard")
         if self.ascent_fraction < 1:
@@ -93,14 +89,14 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(f"rounded stochastically to {core.half_dtype}")
         elif core.probe_dtype is not None and self.beta:
             parts.append("probed as in float16, for products of float32 are made in TF32")
-        if not core.rho:
+        if not core.parts.radius.rho:
             return f"{method} with rho 0: training is plain {self.base_name}"
         return f"{method} on {self.base_name}: " + ", ".join(parts)
 
     def active(self, update: int) -> bool:
         """Whether the update after ``update`` updates perturbs the weights."""
         since = update - self.start_update
-        return self.core.parts.radius.rho > 0 and since >= 0 and since % self.every == 0
+        return since >= 0 and since % self.every == 0 and self.core.parts.radius.active(update)
 
     def skip_ascent(self) -> None:
         """This update is one of the base optimizer alone."""
@@ -247,6 +243,26 @@ def gradients_of_masters(optimizer: FairseqOptimizer) -> Optional[Dict[Parameter
     and that nothing reads them.
     """
     return _of_masters(optimizer, lambda master: master.grad)
+
+
+def gradients_to_step_along(
+    optimizer: FairseqOptimizer, trained: Sequence[Parameter]
+) -> Dict[Parameter, Tensor]:
+    """The gradients that the base optimizer reads: float32 copies of half-precision ones.
+
+    Args:
+        optimizer: what fairseq's trainer holds, after the backward.
+        trained: the trained weights.
+
+    Returns:
+        the gradient of every weight that has one, to be written to. Copies are made now, as
+        FP16Optimizer makes them when it clips.
+    """
+    copies = gradients_of_masters(optimizer)
+    if copies is not None:
+        optimizer._sync_fp16_grads_to_fp32()
+        return {p: copies[p] for p in trained}
+    return {p: p.grad for p in trained if p.grad is not None}
 
 
 def _of_masters(

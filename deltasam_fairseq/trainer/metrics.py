@@ -31,7 +31,7 @@ _SAME = 1e-12
 
 # Figures that are averages over the updates with an ascent.
 _AVERAGES = (
-    *("sam_loss", "sharpness", "ascent_gnorm", "sam_realised", "delta_sam_radius"),
+    *("sam_loss", "sharpness", "ascent_gnorm", "sam_rho", "sam_realised", "delta_sam_radius"),
     *("delta_sam_effective", "delta_sam_r", "delta_sam_negative"),
 )
 
@@ -45,6 +45,7 @@ class StepMetrics:
     ==================== ==================================================================
     sam_loss             loss at ``w + eps*``, in the units of loss
     sharpness            sam_loss - loss
+    sam_rho              radius in force, where updates have different ones
     sam_realised         share of the ascent that survived rounding (half precision only)
     ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
     delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1
@@ -221,6 +222,8 @@ class StepMetrics:
         size = sums[_ASCENT_SIZE] if self.estimated else sample_size
         metrics.log_scalar("ascent_gnorm", gnorm / (size or 1.0), priority=401, round=3)
         found, reweighting = self.figures, self.figures.reweighting
+        if found.rho is not None:
+            metrics.log_scalar("sam_rho", found.rho, priority=21, round=6)
         if found.realised is not None:
             metrics.log_scalar("sam_realised", found.realised, priority=21, round=3)
         if reweighting is None:

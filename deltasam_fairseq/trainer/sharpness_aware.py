@@ -29,6 +29,7 @@ from deltasam_fairseq.criterions import RegularisedCriterion
 from deltasam_fairseq.optim import (
     SharpnessAwareOptimizer,
     gradients_of_masters,
+    gradients_to_step_along,
     masters_of,
     sharpness_aware,
 )
@@ -186,7 +187,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._ran_out_of_memory = False
         try:
             self._descent_in_progress = True
-            stats = self._fairseqs_step(samples, raise_oom)
+            with self._gradients_corrected():
+                stats = self._fairseqs_step(samples, raise_oom)
         finally:
             self._descent_in_progress = False
         scales = getattr(self.optimizer, "scaler", None) is not None
@@ -195,6 +197,32 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if skipped and scales and not self._ran_out_of_memory and not repeated:
             self._count_overflow(self._step_metrics)
         return stats
+
+    @contextlib.contextmanager
+    def _gradients_corrected(self) -> Iterator[None]:
+        """Let the method correct the descent's gradients after fairseq has reduced them.
+
+        fairseq multiplies them by a constant next. Until then they have the loss scale and the
+        number of ranks in them, as the ascent's have.
+        """
+        optimizer: Any = self.optimizer
+        sam = sharpness_aware(optimizer)
+        assert sam is not None
+        descent = sam.core.parts.descent
+        if not descent.corrects:
+            yield
+            return
+        multiply = type(optimizer).multiply_grads  # not that of the update that --amp repeats
+
+        def correct_and_multiply(c: Any) -> None:
+            descent.correct_(gradients_to_step_along(optimizer, self._trainable()))
+            multiply(optimizer, c)
+
+        optimizer.multiply_grads = correct_and_multiply
+        try:
+            yield
+        finally:
+            vars(optimizer).pop("multiply_grads", None)
 
     def _count_overflow(self, log: Optional[StepMetrics]) -> None:
         where = "descent" if log is not None and torch.isfinite(log.figures.gnorm) else "ascent"

@@ -34,6 +34,14 @@ OPTIMIZERS = {
         *("--optimizer", "delta_sam_adam", "--sam-only", "layer_norm", "--memory-efficient-bf16"),
         *("--sam-ascent-fraction", "0.5"),
     ],
+    "GSAM, rho along the learning rate": [
+        *("--optimizer", "sam_adam", "--sam-gsam-alpha", "0.4", "--sam-rho-schedule", "lr"),
+        *("--warmup-updates", "5", "--update-freq", "2"),
+    ],
+    "rho warms up, half precision": [
+        *("--optimizer", "delta_sam_adam", "--memory-efficient-fp16"),
+        *("--sam-rho-schedule", "warmup", "--sam-rho-warmup-updates", "5"),
+    ],
     "begins after the stop": ["--optimizer", "sam_adam", "--sam-start-update", "4"],
 }
 

@@ -75,11 +75,15 @@ class Twin:
             return asam_reference(losses, self.w, RHO, ETA)
         return delta_sam_reference(losses, self.w, self.direction(), RHO, BETA).eps
 
-    def step(self, samples):
+    def gradient(self, samples):
+        """That of the step, at w + eps*."""
         losses = self.losses(samples)
         n = len(losses(self.w))
         uniform = torch.full((n,), 1.0 / n, dtype=torch.float64)
-        g = gradient(losses, self.w + self.eps_star(losses), uniform)
+        return gradient(losses, self.w + self.eps_star(losses), uniform)
+
+    def step(self, samples):
+        g = self.gradient(samples)
         self.updates += 1
         (b1, b2), t = self.betas, self.updates
         self.m = b1 * self.m + (1 - b1) * g

@@ -7,7 +7,16 @@ from deltasam_fairseq.options import UsageError
 
 # A value of every option of the tables, other than its default, and what it needs itself.
 GIVEN = {
+    "delta_sam_beta": {"delta_sam_beta": 5.0},
+    "sam_ascent_fraction": {"sam_ascent_fraction": 0.5},
     "sam_eta": {"sam_eta": 0.1, "sam_adaptive": True},
+    "sam_gsam_alpha": {"sam_gsam_alpha": 0.4, "delta_sam_beta": 0.0},
+    "sam_only": {"sam_only": "layer_norm"},
+    "sam_rho_lr_max": {"sam_rho_lr_max": 0.1, "sam_rho_schedule": "lr"},
+    "sam_rho_lr_min": {"sam_rho_lr_min": 0.1, "sam_rho_schedule": "lr"},
+    "sam_rho_min": {"sam_rho_min": 0.01, "sam_rho_schedule": "lr"},
+    "sam_rho_warmup_updates": {"sam_rho_warmup_updates": 9, "sam_rho_schedule": "warmup"},
+    "sam_scope": {"sam_scope": "rank"},
 }
 
 
@@ -38,3 +47,18 @@ def test_every_need_is_asked_for():
         found = refused(**{option: GIVEN[option][option]})
         assert found is not None and found.endswith(remedy), option
         assert found.startswith(f"--{option.replace('_', '-')}")
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"sam_rho_schedule": "warmup"}, "--sam-rho-schedule warmup: give --sam-rho-warmup-up"),
+        ({"sam_rho_schedule": "lr", "sam_rho_min": 0.1}, "--sam-rho-min 0.1: must be at most"),
+        (
+            {"sam_rho_schedule": "lr", "sam_rho_lr_min": 2.0, "sam_rho_lr_max": 1.0},
+            "--sam-rho-lr-min 2.0: must be below --sam-rho-lr-max 1",
+        ),
+    ],
+)
+def test_schedules_of_rho_are_checked(values, message):
+    assert (refused(**values) or "").startswith(message)

@@ -1,0 +1,46 @@
+"""Take the radius of the ascent from how far the model's output moves: TRAM.
+
+Sherborne et al. 2024, "TRAM: Bridging Trust Regions and Sharpness Aware Minimization". ASAM's
+perturbation, its rho replaced by the mean divergence of the outputs of noised inputs (TRAM-x):
+
+    eps = d T_w^2 g / ||T_w g||_2,   T_w = diag(|w|)
+    d = mean KL(p(. | x + z; w) || p(. | x; w)),   z ~ N(0, sigma^2) on the word embeddings
+
+`asam_ascent_` with eta 0 and rho d writes eps. This module has d.
+"""
+
+from typing import Optional
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from deltasam_fairseq.algorithms.divergence import kl, squared_difference
+from deltasam_fairseq.algorithms.rounding import at_least_float32
+
+
+def trust_region_sums(
+    noised: Tensor, clean: Tensor, counted: Optional[Tensor] = None, regression: bool = False
+) -> Tensor:
+    """Return the terms of d that this process adds: the sum of divergences, and their number.
+
+    Args:
+        noised, clean: logits at ``x + z`` and at ``x``, shape (..., C).
+        counted: which predictions count, shape (...), such as all tokens but padding; None: all.
+        regression: the outputs are numbers; the divergence is ``(f(x + z) - f(x))^2``, and every
+            one of them is a prediction.
+
+    Returns:
+        shape (2,), float64; sums over micro-batches and processes add up, and
+        ``d = sums[0] / sums[1]``.
+    """
+    noised, clean = (at_least_float32(x) for x in (noised, clean))
+    if regression:
+        divergence = squared_difference(noised, clean)
+    else:
+        divergence = kl(F.log_softmax(noised, dim=-1), F.log_softmax(clean, dim=-1))
+        divergence = divergence.clamp(min=0)  # rounding
+    if counted is not None:
+        divergence = divergence[counted]
+    n = torch.tensor(divergence.numel(), dtype=torch.float64, device=divergence.device)
+    return torch.stack([divergence.double().sum(), n])
