@@ -35,6 +35,7 @@ from deltasam_fairseq.glue.training_rows import draw_rows, replace_labels
 VERSION = 2  # of task.json, and of how the data is written
 FOLDERS = ("input0", "input1", "label", "id")
 HOLD_OUT_SEED = 1
+PARTS = ("kept", "replaced")  # splits with the rows of train whose labels are right, and wrong
 
 
 class Changes(NamedTuple):
@@ -101,11 +102,15 @@ class Split(NamedTuple):
         if self.labelled:
             endings = endings if self.task.labels else ("label",)
             found += [self.out / "label" / f"{self.name}.{ending}" for ending in endings]
-        if self.changes.noise:
+        if self.lists_replaced():
             found.append(self.out / "label" / f"{self.name}.replaced.tsv")
         if self.name.startswith("test"):
             found.append(self.out / "id" / f"{self.name}.txt")
         return found
+
+    def lists_replaced(self) -> bool:
+        """Whether the labels that were replaced are listed beside the split."""
+        return bool(self.changes.noise) and self.name not in PARTS
 
 
 def splits_of(
@@ -121,6 +126,8 @@ def splits_of(
     files = {**task.splits(), **task.test_splits()}
     if hold_out:
         files = {"train": "train", "valid": "train"}
+    if changes.noise:
+        files.update(dict.fromkeys(PARTS, "train"))
     for split, file in files.items():
         test = split in task.test_splits()
         if test and not (folder / name / f"{file}.tsv").is_file():
@@ -140,7 +147,7 @@ def check_splits(splits: List[Split], any_rows: bool) -> None:
     for split in splits:
         if not is_finished(split):
             read_split(split, any_rows)
-        elif not any_rows and not split.hold_out:
+        elif not (any_rows or split.hold_out or split.changes.rows or split.name in PARTS):
             rows = entries_of(split.out)[split.name]["rows"]
             check_rows(split.source, split.task_name, split.task, rows)
 
@@ -159,6 +166,14 @@ def read_split(split: Split, any_rows: bool) -> Table:
             raise DataError(
                 f"--hold-out {split.hold_out}: leaves no row of {split.source} for {split.name}; "
                 "give a share between 0 and 1 that leaves rows for both"
+            )
+    if split.name in PARTS:
+        replaced = np.not_equal(table.original_labels, table.labels)
+        table = select(table, replaced if split.name == "replaced" else ~replaced)
+        if not table.ids:
+            raise DataError(
+                f"--label-noise {split.changes.noise}: leaves no label of {split.source} "
+                f"{split.name}; give another share"
             )
     return table
 
@@ -265,7 +280,7 @@ def write_task(
         rows = len(table.ids)
         dropped = f", {table.dropped} broken ones dropped" if table.dropped else ""
         entry = {"rows": rows, "labelled": split.labelled}
-        if split.changes.noise:
+        if split.lists_replaced():
             entry["replaced_labels"] = write_replaced(split, table)
         return entry, f"{rows} rows{dropped}, {unknown:.1%} <unk>"
 

@@ -6,6 +6,8 @@
 A run is a folder ``<method>-seed<number>`` with the JSON log of fairseq in ``train.log``
 (``--log-format json --log-file``).  Where ``<run>-sharpness/sharpness.json`` is beside it, as
 ``python -m deltasam_fairseq.sharpness`` writes it, the sharpness of the minimum is in the table.
+Where the run was validated on ``kept`` and ``replaced``, the training rows with right and with
+wrong labels (``python -m deltasam_fairseq.glue.prepare --label-noise``), what was learnt of each.
 """
 
 from __future__ import annotations
@@ -27,6 +29,11 @@ Metric and loss: on the validation data, at the last epoch; best: of all epochs.
 Sharpness: by how much the validation loss (nats) rises along SAM's ascent, at the last
 weights. Time: of the updates, without start-up.
 """
+NOTE_NOISE = """Right labels, wrong labels: on how many of the training rows of either kind the
+model agrees with the label, at the last epoch; with the wrong ones it agrees where it is wrong
+itself or has learnt them by heart.
+"""
+LEARNT = {"right labels": "kept_accuracy", "wrong labels": "replaced_accuracy"}
 
 
 def read_run(folder: Path, metric: str) -> Dict[str, Any]:
@@ -50,6 +57,7 @@ def read_run(folder: Path, metric: str) -> Dict[str, Any]:
         metric: last.get(key),
         f"best {metric}": max(epoch.get(key, 0.0) for epoch in log.epochs),
         **{f"{metric} ({other.split('_')[0]})": last[other] for other in others},
+        **{name: last[key] for name, key in LEARNT.items() if key in last},
         "valid loss": last.get("valid_loss"),
         "sharpness": sharpness,
         "time (s)": last["train_num_updates"] / log.updates_per_second[WHOLE_EPOCHS],
@@ -80,16 +88,41 @@ def table(runs: Sequence[Dict[str, Any]]) -> pd.DataFrame:
     return rows.reset_index()
 
 
+def in_short(runs: Sequence[Dict[str, Any]], metric: str) -> str:
+    """Return what the table shows as one sentence: each method against the first."""
+    frame = pd.DataFrame(runs).drop(columns="epochs")
+    means = frame.groupby("method", sort=False).mean(numeric_only=True)
+    first = means.index[0]
+    found = []
+    for method, difference in (means[metric] - means[metric][first]).round(1).drop(first).items():
+        side = "ahead of" if difference > 0 else "behind" if difference < 0 else "level with"
+        points = f"{abs(difference):.1f} points " if difference else ""
+        found.append(f"{method} is {points}{side} {first}")
+    text = f"At the last epoch {', '.join(found)} in {metric.replace('_', ' ')}"
+    if "wrong labels" in means:
+        learnt = [f"{method} {share:.0f} %" for method, share in means["wrong labels"].items()]
+        text += f"; of the wrong labels {', '.join(learnt)} were learnt"
+    seeds = frame.groupby("method").size().max()
+    return text + (" (one seed)." if seeds == 1 else f" (mean of {seeds} seeds).")
+
+
 def draw(runs: Sequence[Dict[str, Any]], metric: str, path: Path) -> None:
-    """Draw the metric, the losses and the sharpness that the training logged, over epochs."""
+    """Draw over epochs the metric, the sharpness that the training logged, and what was learnt of
+    right and of wrong labels, or else the losses.
+    """
     from matplotlib.figure import Figure
 
     panels = {
         f"valid_{metric}": metric.replace("_", " ") + ", validation",
+        "kept_accuracy": "right labels learnt, training rows",
+        "replaced_accuracy": "wrong labels learnt, training rows",
         "valid_loss": "loss, validation",
         "train_loss": "loss, training (at w)",
         "train_sharpness": "sharpness, training",
     }
+    logged = set().union(*(epoch for run in runs for epoch in run["epochs"]))
+    dropped = ("valid_loss", "train_loss") if "kept_accuracy" in logged else tuple(LEARNT.values())
+    panels = {key: title for key, title in panels.items() if key not in dropped}
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["method"] for r in runs))}
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
@@ -121,7 +154,10 @@ def main() -> None:
     rows = table(runs)
     args.out.mkdir(parents=True, exist_ok=True)
     text = markdown_table(list(rows), rows.to_numpy().tolist())
-    (args.out / "report.md").write_text(f"{text}\n{NOTE}", encoding="utf-8")
+    if rows["method"].nunique() > 1:
+        text = f"{in_short(runs, args.metric)}\n\n{text}"
+    note = NOTE + NOTE_NOISE if "wrong labels" in rows else NOTE
+    (args.out / "report.md").write_text(f"{text}\n{note}", encoding="utf-8")
     rows.to_csv(args.out / "report.csv", index=False)
     draw(runs, args.metric, args.out / "curves.png")
 

@@ -29,8 +29,9 @@ import sys
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
-from deltasam_fairseq.data.splits import read_record
+from deltasam_fairseq.data.splits import entries_of, read_record
 from deltasam_fairseq.glue.tasks import TASKS, find_file, own_task, read_table
+from deltasam_fairseq.glue.write_splits import PARTS
 from deltasam_fairseq.options import ranged
 from examples.common.runner import exit_code, run_all, run_side_by_side
 from examples.common.stage import Stage, is_done, module, option_words, sharpness_stage, split_words
@@ -342,6 +343,19 @@ def read_chosen(
     return chosen
 
 
+def parts_overrides(args: argparse.Namespace, task: str) -> List[str]:
+    """Return the override that also validates on the training rows with right and with wrong
+    labels, where labels were replaced; else none.
+    """
+    if args.glue_dir is not None:
+        wrong, splits = args.label_noise, TASKS[task].splits() if task in GLUE else ["valid"]
+    else:
+        splits = entries_of(args.data / task)
+        wrong = set(PARTS) <= set(splits)
+    valid = [split for split in splits if split.startswith("valid")]
+    return [f"dataset.valid_subset='{','.join([*valid, *PARTS])}'"] if wrong else []
+
+
 def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> List[Stage]:
     """Return the stages that encode the tasks; sets where their data is.
 
@@ -471,6 +485,7 @@ def main() -> int:
 
     absolute(args)
     gpus = torch.cuda.device_count()
+    parts = {task: parts_overrides(args, task) for task in args.tasks}
     encoding = preparation(args)
     # The runs of a seed together, so that early reports compare methods.
     runs = [
@@ -479,7 +494,7 @@ def main() -> int:
                 args,
                 task,
                 method,
-                method_overrides(method, task, args.chosen.get(task)) + overrides,
+                method_overrides(method, task, args.chosen.get(task)) + parts[task] + overrides,
                 seed,
                 gpus,
             ),

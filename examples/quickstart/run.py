@@ -1,7 +1,8 @@
 """Fine-tune with and without sharpness-aware minimization, and compare.
 
 Without arguments everything is made here, from text that is on every machine: a sentencepiece
-model, a small pretrained RoBERTa and a task in GLUE's format.  With --glue-dir and --checkpoint
+model, a small pretrained RoBERTa and a task in GLUE's format, some of whose training labels are
+wrong (--label-noise 0: none).  With --glue-dir and --checkpoint
 the same runs on your data and your model.  What follows ``--`` goes to fairseq-train as it is.
 
     python -m examples.quickstart.run
@@ -20,6 +21,8 @@ from pathlib import Path
 from typing import List, Optional, Tuple
 
 from deltasam_fairseq.glue.tasks import TASKS
+from deltasam_fairseq.glue.write_splits import PARTS
+from deltasam_fairseq.options import ranged
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import exit_code, run_all
 from examples.common.stage import Stage, module, sharpness_stage
@@ -29,6 +32,8 @@ from examples.quickstart.settings import (
     CRITERIONS,
     HELD_OUT,
     METRICS,
+    NOISE,
+    NOISY_RECIPE,
     PLAIN,
     PRETRAINING,
     RECIPES,
@@ -69,6 +74,13 @@ def parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, help="epochs of fine-tuning (default: by task)")
     add("--sam-rho", type=float, help="radius of the ascent (default: by task)")
     add("--delta-sam-beta", type=float, help="strength of the reweighting (default: by task)")
+    add(
+        "--label-noise",
+        type=ranged(float, at_least=0, below=1),
+        metavar="SHARE",
+        help=f"share of the training labels to replace by wrong ones (default: {NOISE} of the "
+        "task made here, 0 of --glue-dir)",
+    )
     add("--any-rows", action="store_true", help="of --glue-dir: other rows than GLUE's own files")
     add("--cores", type=int, default=min(2, os.cpu_count() or 1), help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/quickstart"), help="folder of the results")
@@ -84,6 +96,10 @@ def check(args: argparse.Namespace) -> Optional[str]:
         return f"--task {args.task}: not known; name one of {', '.join(sorted(TASKS))}"
     if args.task != BUILT_IN and args.glue_dir is None:
         return f"--task {args.task}: needs the data; give --glue-dir, the folder with {args.task}/"
+    if args.label_noise is None:
+        args.label_noise = NOISE if args.glue_dir is None else 0.0
+    if args.label_noise and not TASKS[args.task].labels:
+        return f"--label-noise {args.label_noise:g}: {args.task} has scores, not classes; give 0"
     if args.glue_dir is not None:
         for name in TASKS[args.task].splits().values():
             path = args.glue_dir / args.task / f"{name}.tsv"
@@ -148,6 +164,7 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
         options = ["--bpe", "sentencepiece", "--sentencepiece-model", lm / "spm.model"]
         inputs.append(lm)
     options += ["--any-rows"] if args.any_rows else []
+    options += ["--label-noise", f"{args.label_noise:g}"] if args.label_noise else []
     data = work / "data" / args.task
     command = module(
         "deltasam_fairseq.glue.prepare",
@@ -160,7 +177,9 @@ def data_stages(args: argparse.Namespace, work: Path) -> Tuple[List[Stage], Path
 
 def recipe_of(args: argparse.Namespace) -> Recipe:
     """Return the task's hyperparameters with what the command line says put in."""
-    recipe = SMALL_RECIPE if args.checkpoint is None else RECIPES.get(args.task, RECIPES["SST-2"])
+    recipe = RECIPES.get(args.task, RECIPES["SST-2"])
+    if args.checkpoint is None:
+        recipe = NOISY_RECIPE if args.label_noise else SMALL_RECIPE
     given = {
         "lr": args.lr,
         "batch_size": args.batch_size,
@@ -193,7 +212,8 @@ def fine_tuning_stages(
     else:
         checkpoint, model = args.checkpoint, ["--arch", args.arch, "--max-positions", "512"]
         inputs, seconds = [data], {}
-    subsets = ",".join(split for split in TASKS[args.task].splits() if split != "train")
+    splits = [split for split in task.splits() if split != "train"]
+    subsets = ",".join([*splits, *(PARTS if args.label_noise else ())])
     stages = []
     for seed in args.seeds:
         for criterion, optimizer in itertools.product(args.criterions, args.optimizers):
@@ -210,7 +230,7 @@ def fine_tuning_stages(
                 *("--num-classes", len(task.labels) or 1, "--init-token", 0),
                 *(("--separator-token", 2) if len(task.sentences) > 1 else ()),
                 *("--shorten-method", "truncate", *model, "--finetune-from-model", checkpoint),
-                *("--dropout", 0.1, "--attention-dropout", 0.1),
+                *("--dropout", recipe.dropout, "--attention-dropout", recipe.dropout),
                 *("--optimizer", optimizer, *sam, *(ADAM if optimizer.endswith("adam") else [])),
                 *("--weight-decay", recipe.weight_decay, "--lr", recipe.lr),
                 *("--lr-scheduler", "polynomial_decay", "--total-num-update", updates),

@@ -10,6 +10,7 @@ import yaml
 # --- the built-in case: text, a small RoBERTa, and a task made from the text ----------
 HELD_OUT = {"train": 4000, "dev": 1000}  # sentences of the task, kept from pretraining
 SWAPS = 3  # pairs of neighbouring words exchanged in a disturbed sentence
+NOISE = 0.3  # share of the training labels that are wrong
 VOCABULARY = 2000  # sentencepiece pieces
 
 SMALL_ROBERTA = [
@@ -44,9 +45,13 @@ class Recipe(NamedTuple):
     rho: float
     beta: float
     warmup: float = 0.06  # share of all updates
+    dropout: float = 0.1  # of attention too
 
 
 SMALL_RECIPE = Recipe(lr=1e-3, batch_size=32, epochs=4, weight_decay=0.01, rho=0.05, beta=3)
+# With wrong labels: long enough to learn them by heart, and a rho that keeps the model from it;
+# no dropout, as in pretraining.
+NOISY_RECIPE = SMALL_RECIPE._replace(epochs=8, rho=0.1, dropout=0.0)
 
 # fairseq's hyperparameters for RoBERTa large on GLUE; rho and beta of the delta-SAM paper.
 RECIPES: Dict[str, Recipe] = {

@@ -299,6 +299,7 @@ def test_an_own_task_is_trained_by_the_default_recipe(raw, tmp_path):
     assert '"train_num_updates": "20"' in log and '"train_sharpness"' in log
     record = json.loads((tmp_path / "out" / "data" / "MINE" / "task.json").read_text())
     assert record["splits"]["train"]["replaced_labels"] == 13
+    assert '"kept_accuracy"' in log and '"replaced_accuracy"' in log
 
 
 class TestSearch:

@@ -353,6 +353,9 @@ def test_fewer_rows_with_wrong_labels(tmp_path, gpt2):
     assert len(differ) == 4
     assert listed == ["row\toriginal\tlabel", *(f"{i}\t{right[i]}\t{wrong[i]}" for i in differ)]
     assert labels("out", "valid") == [0, 1, 0, 1]
+    for split, rows in (("kept", [i for i in range(10) if i not in differ]), ("replaced", differ)):
+        assert sentences(tmp_path / "out", split, gpt2) == [kept[i] for i in rows]
+        assert labels("out", split) == [wrong[i] for i in rows]
     record = json.loads((tmp_path / "out" / "task.json").read_text())
     assert record["label_noise"] == {"share": 0.4, "seed": 3}
     assert record["train_rows"] == {"rows": 10, "seed": 3}
@@ -367,6 +370,7 @@ def test_held_out_rows_have_wrong_labels_too(tmp_path, gpt2):
     splits = json.loads((tmp_path / "out" / "task.json").read_text())["splits"]
     found = [splits[split]["replaced_labels"] for split in ("train", "valid")]
     assert sum(found) == 10 and min(found) > 0
+    assert splits["replaced"]["rows"] == found[0] == 10 - splits["kept"]["rows"]
 
 
 def test_changes_that_cannot_be_made(tmp_path, gpt2):
@@ -374,6 +378,8 @@ def test_changes_that_cannot_be_made(tmp_path, gpt2):
     words = ("--any-rows", "--train-rows", "3")
     with pytest.raises(DataError, match="--train-rows 3: .*give 1 to 2"):
         prepare(tmp_path, tmp_path / "out", "SST-2", gpt2, *words)
+    with pytest.raises(DataError, match="--label-noise 0.1: leaves no label .* replaced"):
+        prepare(tmp_path, tmp_path / "o", "SST-2", gpt2, "--any-rows", "--label-noise", "0.1")
     write_sts(tmp_path, ["1", "2"])
     with pytest.raises(DataError, match="--label-noise 0.5: .* has scores, not classes"):
         words = ("--any-rows", "--label-noise", "0.5")
