@@ -25,7 +25,7 @@ from examples.glue.report import plots
 from examples.glue.report.content import Report, context, make
 from examples.glue.report.numbers import Comparison
 from examples.glue.report.page import to_html, to_markdown
-from examples.glue.report.runs import read_runs
+from examples.glue.report.runs import EARLY, read_runs, rescored
 
 PAPER = Path(__file__).with_name("paper.json")
 
@@ -52,7 +52,8 @@ def write(report: Report, source: Path, out: Path, command: str) -> None:
     styles = plots.line_styles(report.runs.methods)
     figures: Dict[str, Sequence[str]] = {}
     for index, section in enumerate(facts["tasks"]):
-        groups = {m: report.runs.of(section["name"], m) for m in report.runs.methods}
+        methods = [method for method in report.runs.methods if not method.endswith(EARLY)]
+        groups = {m: report.runs.of(section["name"], m) for m in methods}
         groups = {method: group for method, group in groups.items() if group}
         found = [c for c in report.compared if c.task == section["name"]]
         panels = plots.task_panels(groups, section["metric"], found, styles)
@@ -84,12 +85,23 @@ def main(words: Optional[Sequence[str]] = None) -> int:
     add("--time-baseline", help="method whose time counts as 1 (default: sam, sam_adam or sam_*)")
     add("--tasks", nargs="+", help="read only these, in this order (default: all)")
     add("--methods", nargs="+", help="likewise; one that was not run is listed as missing")
+    add("--metric", metavar="KEY", help="of the log, as dev_accuracy (default: the task's metric)")
+    add("--epoch", choices=("best", "last"), default="best", help="to score (default: best)")
+    add(
+        "--early",
+        nargs="+",
+        default=[],
+        metavar="METHOD",
+        help="rows METHOD:early: the same runs at the best epoch by the task's metric on valid",
+    )
     add("--paper", type=Path, default=PAPER, help="figures of the paper (default: paper.json)")
     args = parser.parse_args(words)
     try:
         if not args.runs.is_dir():
             raise ValueError(f"{args.runs}: not a directory; give the one with a folder a task")
         runs = read_runs(args.runs, args.tasks, args.methods)
+        if args.metric or args.early or args.epoch != "best":
+            runs = rescored(runs, args.metric, args.epoch, args.early)
         for option in ("baseline", "time_baseline"):
             value = getattr(args, option)
             if value is not None and value not in runs.methods:

@@ -6,10 +6,12 @@ import html
 import platform
 import shlex
 from importlib import metadata
+from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set, Tuple
 
 import pandas as pd
 
+from deltasam_fairseq.data.splits import read_record
 from deltasam_fairseq.markdown import markdown_table
 from examples.glue.report.numbers import (
     ALPHA,
@@ -21,7 +23,7 @@ from examples.glue.report.numbers import (
     least_difference,
     summarise,
 )
-from examples.glue.report.runs import Run, Runs
+from examples.glue.report.runs import EARLY, Run, Runs
 
 
 class Report(NamedTuple):
@@ -244,13 +246,37 @@ def in_short(report: Report) -> List[str]:
     return points
 
 
+def data_facts(runs: Sequence[Run]) -> str:
+    """Return how many rows the runs' data has and which labels are wrong, as its task.json says;
+    empty where it is not there any more.
+    """
+    folders = sorted({run.settings["data"] for run in runs if "data" in run.settings})
+    record = read_record(Path(folders[0])) if len(folders) == 1 else {}
+    splits = record.get("splits", {})
+    if not splits:
+        return ""
+    rows = [f"{name} {entry['rows']}" for name, entry in splits.items()]
+    text = f"Rows: {', '.join(rows)}."
+    if "hold_out" in record:
+        text += f" `valid` is {record['hold_out']:.0%} of train.tsv, held out."
+    if "train_rows" in record:
+        text += " The training rows were drawn from train.tsv (seed {seed}).".format(
+            **record["train_rows"]
+        )
+    if "label_noise" in record:
+        text += " **{share:.0%} of the training labels are wrong** (seed {seed}).".format(
+            **record["label_noise"]
+        )
+    return text
+
+
 # --- a task -----------------------------------------------------------------------------------
 def task_section(report: Report, task: str) -> Dict[str, Any]:
     """Return what the report says of a task."""
     metric = report.runs.tasks[task]
     everyone = report.rows[report.rows.task == task]
     rows = everyone[everyone.n > 0]
-    parts = [name for _, name in metric.parts if name in rows and rows[name].notna().any()]
+    parts = [name for _, name in metric.beside if name in rows and rows[name].notna().any()]
     rho = rows.rho.max()
     by_name = {
         "method": rows.method,
@@ -273,6 +299,7 @@ def task_section(report: Report, task: str) -> Dict[str, Any]:
     return {
         "name": task,
         "metric": metric,
+        "rows": data_facts(report.runs.complete(task)),
         "scores": table(f"{task}, {metric.name}", list(by_name), list(zip(*by_name.values()))),
         "lacking": quoted(everyone.method[everyone.n == 0]),
         "differences": difference_table(found, f"{task}: difference to {report.baseline}"),
@@ -336,9 +363,10 @@ def mixed(report: Report) -> List[str]:
 
 def how_made(report: Report, task: str) -> Dict[str, Any]:
     """Return how the complete runs of a task were made."""
-    groups = {m: report.runs.of(task, m) for m in report.runs.methods}
+    methods = [method for method in report.runs.methods if not method.endswith(EARLY)]
+    groups = {m: report.runs.of(task, m) for m in methods}
     groups = {method: group for method, group in groups.items() if group}
-    everyone = report.runs.complete(task)
+    everyone = [run for group in groups.values() for run in group]
     seeds = ", ".join(map(str, report.runs.seeds[task]))
     differ = _differing(everyone)
     alike = [k for k in _SHOWN if k not in differ and any(k in _options(r) for r in everyone)]
@@ -396,6 +424,8 @@ def context(report: Report) -> Dict[str, Any]:
         "tasks": [task_section(report, task) for task in runs.tasks],
         "complete": sum(run.state == "complete" for run in runs.runs),
         "all": len(runs.runs),
+        "last": runs.scored == "last",
+        "early": any(method.endswith(EARLY) for method in runs.methods),
         "mixed": "; ".join(mixed(report)),
         "in_short": in_short(report),
         "overviews": [overview(report, statistic) for statistic in reversed(SCORES)],

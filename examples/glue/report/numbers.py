@@ -22,12 +22,13 @@ def summarise(runs: Runs, time_baseline: Optional[str]) -> pd.DataFrame:
 
     Columns:
         n, of: complete runs; seeds that the task was run with.
-        best, median, mean, std: of the runs' best epochs; std with n - 1.
+        best, median, mean, std: of the runs' scores (of their best epochs, or the last ones); std
+            with n - 1.
         last: mean of the runs' last epochs.
         updates_per_second, timed_by: n over the sum of seconds an update; how it was measured.
         time: seconds an update relative to the method ``time_baseline``.
         rho, sharpness, sharpness_std: radius, and the rise of the loss there.
-        ...: means of the metric's parts at the best epochs.
+        ...: means of what stands beside the metric, at the same epochs.
 
     With several tasks, rows of the task AVERAGE follow: best, median, mean and last are means of
     the tasks' figures, as papers have them; std is of the seeds' averages; time is the geometric
@@ -49,7 +50,7 @@ def summarise(runs: Runs, time_baseline: Optional[str]) -> pd.DataFrame:
         sharpness=("sharpness", "mean"),
         sharpness_std=("sharpness", "std"),
     )
-    names = {name for metric in runs.tasks.values() for _, name in metric.parts}
+    names = {name for metric in runs.tasks.values() for _, name in metric.beside}
     parts = [name for name in complete.columns if name in names]
     if parts:  # where every run has it
         rows = rows.join(groups[parts].agg(lambda part: part.mean(skipna=False)))

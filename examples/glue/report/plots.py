@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from examples.glue.report.numbers import Comparison
-from examples.glue.report.runs import Metric, Run, common_rho
+from examples.glue.report.runs import LEARNT, Metric, Run, common_rho
 
 # Of middle lightness, so that they stand out from white and from black.
 COLOURS = "#3b82c4 #e0803a #2f9e6e #b45fc4 #c9971c #d9556b #3fa7b8 #7f8a96".split()
@@ -115,7 +115,7 @@ def _differences(found: Sequence[Comparison], styles: Styles) -> Optional[Panel]
         _name_rows(axes, [c.method for c in found])
         axes.set_xlabel(f"points above {found[0].baseline}, by seed")
 
-    return (f"best epoch, difference to {found[0].baseline}", draw) if found else None
+    return (f"score, difference to {found[0].baseline}", draw) if found else None
 
 
 def _rises(groups: Groups, styles: Styles, rho: Optional[float]) -> Optional[Panel]:
@@ -144,6 +144,7 @@ def curves(groups: Groups, metric: Metric, styles: Styles) -> List[Panel]:
     """Return the panels over epochs that the runs have figures for."""
     titles = {
         metric.key: f"{metric.name}, validation",
+        **{key: f"{name}, training rows" for key, name in LEARNT},
         "valid_loss": "loss, validation",
         "train_loss": "loss, training",
         "train_sharpness": "sharpness while training",

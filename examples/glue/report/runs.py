@@ -32,6 +32,14 @@ class Metric(NamedTuple):
     name: str
     parts: Tuple[Tuple[str, str], ...] = ()
 
+    @property
+    def beside(self) -> Tuple[Tuple[str, str], ...]:
+        """The parts, and how many training rows with right and with wrong labels agree."""
+        return (*self.parts, *LEARNT)
+
+
+LEARNT = (("kept_accuracy", "right labels"), ("replaced_accuracy", "wrong labels"))
+EARLY = ":early"  # ends the name of a method whose runs are scored where stopping early would end
 
 ACCURACY = Metric("valid_accuracy", "accuracy")
 F1 = Metric(
@@ -64,7 +72,8 @@ class Run(NamedTuple):
         state: complete, incomplete, failed or missing; only complete ones are in the tables.
         why: what is wrong, in words; empty for a complete run.
         best, last: the task's metric at its best and at its last epoch; NaN where there is none.
-        parts: the metric's parts at the best epoch.
+        best_epoch: the epoch of ``best``, which with `rescored` need not be the best one.
+        parts: what stands beside the metric, at the same epoch.
         settings: fairseq's options, by name; empty where hydra left no configuration.
         rises: rise of the loss along SAM's ascent, by its radius rho, at the last weights.
         curves: loss along lines through the last weights, as sharpness.json has them.
@@ -145,7 +154,7 @@ def score(run: Run, metric: Metric, partial: bool = False) -> Run:
         fault = "is never a number" if scores else "is not in the log"
         return run._replace(state="failed", why=f"{metric.key} {fault}")
     best, negative, epoch = max(finite, key=lambda found: found[:2])
-    parts = {name: epoch[key] for key, name in metric.parts if key in epoch}
+    parts = {name: epoch[key] for key, name in metric.beside if key in epoch}
     run = run._replace(best=best, best_epoch=-negative, parts=parts, last=scores[-1][0])
     if partial or not _ended(run):
         limit = _limit(run, "max_epoch")
@@ -196,12 +205,14 @@ class Runs(NamedTuple):
         methods: in the order of the tables.
         seeds: of each task: every seed that any of its methods was run with.
         runs: one for every task, method and seed.
+        scored: the epoch that a run is scored at: best or last.
     """
 
     tasks: Dict[str, Metric]
     methods: List[str]
     seeds: Dict[str, List[int]]
     runs: List[Run]
+    scored: str = "best"
 
     def of(self, task: str, method: str, state: Optional[str] = "complete") -> List[Run]:
         """Return the runs of a method on a task; with state None, all of them."""
@@ -246,6 +257,51 @@ class Runs(NamedTuple):
         whole = dict.fromkeys(("best_epoch", "epochs", "starts"), "Int64")
         floats = dict.fromkeys(("updates_per_second", "rho", "sharpness"), float)
         return pd.DataFrame(rows).astype({**whole, **floats})
+
+
+def rescored(runs: Runs, key: Optional[str], epoch: str, early: Sequence[str]) -> Runs:
+    """Return the runs with other scores.
+
+    Args:
+        key: of the log, as ``dev_accuracy``, in place of the tasks' metrics.
+        epoch: best or last, which is scored.
+        early: methods to score a second time, under NAME:early, at the epoch that is the best by
+            the task's own metric: what stopping early by it reaches.
+
+    Raises:
+        ValueError: a method is not among the runs, or no run has the key.
+    """
+    for method in early:
+        if method not in runs.methods:
+            raise ValueError(f"--early {method}: name some of {', '.join(runs.methods)}")
+    tasks = runs.tasks
+    if key is not None:
+        tasks = dict.fromkeys(tasks, Metric(key, key.replace("_", " ")))
+
+    def at(run: Run, number: int) -> Run:
+        """Return a run as if its log had the one epoch."""
+        epochs = [found for found in run.log.epochs if found["epoch"] == number]
+        log = run.log._replace(epochs=epochs, done=True)
+        found = score(run._replace(log=log), tasks[run.task])
+        last = score(run._replace(log=run.log._replace(done=True)), tasks[run.task]).last
+        return found._replace(log=run.log, last=last)
+
+    table = []
+    for run in runs.runs:
+        if run.state != "complete":
+            table.append(run)
+        elif epoch == "last":
+            table.append(at(run, run.log.last_epoch))
+        else:
+            table.append(score(run, tasks[run.task]))
+        if run.method in early:
+            stopped = at(run, run.best_epoch) if run.state == "complete" else run
+            # what was measured of the last weights is not of these
+            table.append(stopped._replace(method=run.method + EARLY, rises={}, curves={}))
+    if key is not None and not any(run.state == "complete" for run in table):
+        raise ValueError(f"--metric {key}: is in the log of no complete run")
+    methods = [name for m in runs.methods for name in (m, m + EARLY) if name == m or m in early]
+    return Runs(tasks, methods, runs.seeds, table, epoch)
 
 
 def common_rho(runs: Sequence[Run]) -> Optional[float]:
