@@ -24,7 +24,7 @@ from examples.glue.report.numbers import (
     sign_flip,
     summarise,
 )
-from examples.glue.report.runs import read_runs
+from examples.glue.report.runs import read_runs, rescored
 
 ROOT = Path(__file__).parents[2]
 
@@ -240,6 +240,55 @@ def test_parts_are_those_of_the_best_epoch(tmp_path):
     assert (row["accuracy"], row["F1"]) == (86.0, 90.0)
     assert (other.best, other["accuracy, mismatched"]) == (81.0, 82.0)
     assert math.isnan(other["F1"])
+
+
+def noisy(tmp_path):
+    """adam is best on noisy ``valid`` at its second epoch, sam at its third."""
+    record = {"label_noise": {"share": 0.4, "seed": 3}, "splits": {"train": {"rows": 50}}}
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "task.json").write_text(json.dumps(record))
+    for method, valid in (("adam", (40, 48, 45)), ("sam", (20, 40, 50))):
+        for seed in (1, 2):
+            epochs = [
+                {
+                    "valid_accuracy": v,
+                    "dev_accuracy": 2 * v + i * seed,
+                    "kept_accuracy": 90.0 + i,
+                    "replaced_accuracy": 30.0 + i,
+                }
+                for i, v in enumerate(valid)
+            ]
+            lines = log(epochs)
+            lines.settings["task"]["data"] = str(tmp_path / "data")
+            put(tmp_path / "OUT", "TREC", f"{method}-seed{seed}", lines, rise=0.1)
+    return tmp_path / "OUT"
+
+
+def test_scores_of_the_last_epoch_and_of_stopping_early(tmp_path):
+    """dev is 2 valid + epoch x seed, epochs from 0: adam 92 and 94 at the end, 97 and 98 early."""
+    runs = rescored(read_runs(noisy(tmp_path)), "dev_accuracy", "last", ["adam"])
+    scores = {m: [run.best for run in runs.of("TREC", m)] for m in runs.methods}
+    assert scores == {"adam": [92.0, 94.0], "adam:early": [97.0, 98.0], "sam": [102.0, 104.0]}
+    adam, early, _ = summaries(runs, None)
+    assert (adam["last"], early["last"]) == (93.0, 93.0)
+    assert (adam["wrong labels"], early["wrong labels"]) == (32.0, 31.0)
+    assert adam.sharpness == pytest.approx(0.1) and math.isnan(early.sharpness)
+    best = rescored(read_runs(tmp_path / "OUT"), "kept_accuracy", "best", [])
+    assert [run.best for run in best.of("TREC", "adam")] == [92.0, 92.0]
+    for key, early in (("dev_f1", []), (None, ["swa"])):
+        with pytest.raises(ValueError, match="--metric dev_f1: is in|--early swa: name some of"):
+            rescored(read_runs(tmp_path / "OUT"), key, "last", early)
+
+
+@needs_matplotlib
+def test_report_of_wrong_labels(tmp_path):
+    words = ["--metric", "dev_accuracy", "--epoch", "last", "--early", "adam"]
+    out = tmp_path / "REPORT"
+    assert glue_report.main([str(noisy(tmp_path)), "--out", str(out), *words]) == 0
+    text = (out / "report.md").read_text()
+    assert "Rows: train 50. **40% of the training labels are wrong** (seed 3)." in text
+    assert "| right labels | wrong labels |" in text and "its **last epoch**" in text
+    assert "wrong labels, training rows" in (out / "report.html").read_text()
 
 
 def test_a_task_that_is_not_of_glue(tmp_path):
