@@ -14,26 +14,28 @@ VERSION = re.search(
 setup(
     name="deltasam_fairseq",
     version=VERSION.group(1) if VERSION else "0.0.0",
-    description="Sharpness-aware fine-tuning (SAM, delta-SAM) as a plugin of fairseq",
+    description="Sharpness-aware fine-tuning (SAM, delta-SAM) for fairseq and plain PyTorch loops",
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     license="MIT",
     python_requires=">=3.8",
     packages=find_packages(include=["deltasam_fairseq", "deltasam_fairseq.*"]),
     package_data={"deltasam_fairseq": ["py.typed", "**/*.yaml"]},
-    install_requires=[
-        "torch>=1.13",
-        "numpy",
-        "scipy",
-        "scikit-learn",
-        "sentencepiece",
-        "tensorboard",
-        # fairseq 0.12.2 cannot be imported on Python 3.11 and later; fairseq-fixed can.
-        'fairseq-fixed==0.12.3.1; python_version>="3.11"',
-        'fairseq==0.12.2; python_version<"3.11"',
-    ],
+    # deltasam_fairseq.pytorch, for a plain PyTorch loop, needs no more.
+    install_requires=["torch>=1.13", "numpy"],
     extras_require={
-        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"],
+        # fairseq-train; scripts/setup.sh installs these in the order that fairseq needs
+        "fairseq": [
+            "scipy",
+            "scikit-learn",
+            "sentencepiece",
+            "tensorboard",
+            # fairseq 0.12.2 cannot be imported on Python 3.11 and later; fairseq-fixed can.
+            'fairseq-fixed==0.12.3.1; python_version>="3.11"',
+            'fairseq==0.12.2; python_version<"3.11"',
+        ],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"]
+        + ["accelerate", "peft"],
         # python -m deltasam_fairseq.convert; --bpe wordpiece needs tokenizers alone
         "convert": ["transformers", "tokenizers", "safetensors"],
         # examples.glue.report, and the curves of the benchmark

@@ -12,14 +12,14 @@ FILES = {
 }
 
 # What a plain PyTorch loop uses.
-WITHOUT_FAIRSEQ = {"algorithms", "core"}
+WITHOUT_FAIRSEQ = {"algorithms", "core", "pytorch"}
 
 # Folders and loose modules of the package. Each may import what is on lower floors, and itself:
 # nothing of its own floor, so that no circle of folders is possible.
 FLOORS = [
     {"algorithms", "fairseq_patches", "markdown", "options"},
     {"bpe", "checkpoints", "core", "lr_schedulers", "models"},
-    {"optim"},
+    {"optim", "pytorch"},
     {"criterions", "data"},
     {"config_checks", "glue", "squad", "sts", "trainer"},
     {"average", "command_line", "convert", "sharpness"},

@@ -1,10 +1,18 @@
 """The same dropout masks and buffers in every forward of an update."""
 
+import math
 import random
 from typing import Callable, Optional, Sequence, Tuple
 
 import numpy as np
+import torch
 from torch import Tensor
+
+from deltasam_fairseq.algorithms import unit_roundoff
+
+# How far losses that should be equal may be apart in float32, relative. Another order of summation
+# moves them by 1e-6, a probe by 3e-5, other dropout masks by 1e-2 (docs/algorithm.md).
+_REPLAYED = 1e-5
 
 
 class RngReplay:
@@ -39,3 +47,22 @@ class RngReplay:
             python, numpy = self._host
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def furthest_off(first: Tensor, second: Tensor, dtype: torch.dtype) -> Optional[int]:
+    """Return the sentence whose losses differ most between two forwards that should be alike.
+
+    Args:
+        first, second: losses of the same sentences from the same random state, shape (B,).
+        dtype: that the model computes in. Kernels that are not deterministic may move every logit
+            by a unit in the last place, ``2u`` of it, and two of them a loss by ``4u``.
+
+    Returns:
+        its index; None if no two losses differ by more than rounding does.
+    """
+    if not len(first):
+        return None
+    excess = (first - second).abs() / first.abs().clamp(min=1.0)
+    j = int(excess.nan_to_num(0.0, 0.0).argmax())
+    off = math.isfinite(excess[j]) and excess[j] > max(_REPLAYED, 4 * unit_roundoff(dtype))
+    return j if off else None

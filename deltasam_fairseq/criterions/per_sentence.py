@@ -26,10 +26,10 @@ from fairseq.criterions.sentence_ranking import SentenceRankingCriterion
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import at_least_float32, sum_tokens, unit_roundoff
+from deltasam_fairseq.core.rng_replay import furthest_off
 
-# How far losses that should be equal may be apart in float32, relative. Another order of summation
-# moves them by 1e-6, a probe by 3e-5, other dropout masks by 1e-2 (docs/algorithm.md).
-_REPLAYED, _ADDED_UP = 1e-5, 1e-4
+# How far the sum of the losses may be from the criterion's own in float32, relative.
+_ADDED_UP = 1e-4
 
 
 class PerSentence(NamedTuple):
@@ -193,15 +193,13 @@ def require_replay(
     Args:
         criterion: for its name.
         first, second: its per-sentence losses, shape (B,).
-        dtype: that the model computes in. Kernels that are not deterministic may move every logit
-            by a unit in the last place, ``2u`` of it, and two of them a loss by ``4u``.
+        dtype: that the model computes in.
 
     Raises:
         ValueError: naming the sentence that is furthest off, both losses, and what to suspect.
     """
-    excess = (first - second).abs() / first.abs().clamp(min=1.0)
-    j = int(excess.nan_to_num(0.0, 0.0).argmax())
-    if math.isfinite(excess[j]) and excess[j] > max(_REPLAYED, 4 * unit_roundoff(dtype)):
+    j = furthest_off(first, second, dtype)
+    if j is not None:
         raise ValueError(
             f"two forwards of the same sentence from the same random state gave the losses "
             f"{first[j]:g} and {second[j]:g} (criterion {type(criterion).__name__}); delta-SAM "

@@ -61,7 +61,7 @@ def test_moves_and_comes_back_bitwise(classification, tmp_path, optimizer, mode)
     trainer.get_model().register_forward_pre_hook(lambda *_: seen.append(tiny.weights(trainer)))
     for sample in tiny.batches(trainer):
         trainer.train_step([sample])
-    dtype = sharpness_aware(trainer.optimizer).half_dtype
+    dtype = sharpness_aware(trainer.optimizer).core.half_dtype
     assert dtype == (torch.bfloat16 if "bf16" in mode else torch.float16)
     assert before[0].dtype == (torch.float32 if mode == "amp" else dtype)
     assert any(not equal(weights, before) for weights in seen)
@@ -321,7 +321,7 @@ def test_amp_on_a_cpu_is_float32_bitwise(classification, tmp_path):
     for more in ([], ["--amp"]):
         argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *more)
         trainer = tiny.build_trainer(argv)
-        assert sharpness_aware(trainer.optimizer).half_dtype is None
+        assert sharpness_aware(trainer.optimizer).core.half_dtype is None
         for sample in tiny.batches(trainer):
             trainer.train_step([sample])
         ends.append(tiny.weights(trainer))

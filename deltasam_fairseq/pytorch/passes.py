@@ -1,0 +1,179 @@
+"""A plain PyTorch loop's side of an ascent: its closures, loss scale and processes."""
+
+import contextlib
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from deltasam_fairseq.algorithms import Reweighting
+from deltasam_fairseq.core import Passes, RngReplay
+
+# Computes the losses of the sentences of a micro-batch, shape (B,).
+Closure = Callable[[], Tensor]
+
+_BUCKET = 1 << 23  # gradients that one all-reduce averages
+
+
+class Generators:
+    """torch's random generators of the processor and of some devices, as they are now.
+
+    Calling the object puts them back.
+
+    Args:
+        devices: those of the weights.
+    """
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._cpu = torch.get_rng_state()
+        self._cuda: Dict[torch.device, Tensor] = {
+            d: torch.cuda.get_rng_state(d) for d in devices if d.type == "cuda"
+        }
+
+    def __call__(self) -> None:
+        torch.set_rng_state(self._cpu)
+        for device, state in self._cuda.items():
+            torch.cuda.set_rng_state(state, device)
+
+
+class ClosurePasses(Passes[Tensor]):
+    """The passes over one update's micro-batches, one closure each.
+
+    Args:
+        closures: of this process, at least one.
+        model: in its data-parallel wrapper, if there is one.
+        params: all weights that train.
+        group: the processes, None for one.
+        scale_loss: what ``GradScaler.scale`` does.
+        divisor: of the losses' sum in the ascent, the same on every process.
+
+    Attributes:
+        clean: losses at w without graph, one tensor a micro-batch.
+        n: sentences of the global batch, see `count_sentences`.
+        world: number of processes.
+    """
+
+    def __init__(
+        self,
+        closures: Sequence[Closure],
+        model: Module,
+        params: Sequence[Parameter],
+        group: Any,
+        scale_loss: Callable[[Tensor], Tensor],
+        divisor: float = 1.0,
+    ) -> None:
+        self.count = len(closures)
+        self.clean: Dict[int, Tensor] = {}
+        self._closures, self._model, self._params, self._group = closures, model, params, group
+        self._scale_loss, self._divisor = scale_loss, divisor
+        self.world = 1 if group is None else dist.get_world_size(group)
+        one = torch.ones((), device=params[0].device)
+        self.scale: Union[float, Tensor] = scale_loss(one) / (divisor * self.world)
+        devices = list(dict.fromkeys(p.device for p in params))
+        self._replay = RngReplay(Generators(devices), host=True, buffers=list(model.buffers()))
+
+    def replay(self) -> None:
+        # A surrounding autocast would go on with the casts of other weights.
+        torch.clear_autocast_cache()
+        self._replay()
+
+    def forward(self, i: int, kept: Optional[Tensor] = None) -> Tensor:
+        return checked(self._closures[i]())
+
+    def losses(self, forward: Tensor) -> Tensor:
+        return forward
+
+    def log(self, i: int, forward: Tensor) -> None:
+        self.clean[i] = forward.detach()
+
+    def backward(self, loss: Tensor, factor: Union[None, float, Tensor] = None) -> None:
+        """Accumulate the gradient of ``factor loss``, times the loss scale.
+
+        Args:
+            factor: default: the ascent's.
+        """
+        self._scale_loss(loss * (1 / self._divisor if factor is None else factor)).backward()
+
+    def count_sentences(self, reweighting: Optional[Reweighting] = None) -> None:
+        """Count the sentences of all processes, once their losses at w are known.
+
+        Args:
+            reweighting: of the ascent, which has counted them.
+        """
+        self.n: Union[int, Tensor] = sum(len(losses) for losses in self.clean.values())
+        if self._group is not None and reweighting is not None:
+            self.n = reweighting.n
+        elif self._group is not None:
+            device = self._params[0].device
+            self.n = torch.full((), self.n, dtype=torch.float64, device=device)
+            self.reduce(self.n)
+
+    def backward_batch_loss(self, i: int) -> None:
+        losses = self.forward(i)
+        self.backward(losses.sum())
+        self.log(i, losses)
+
+    def no_sync_unless_last(self, last: bool) -> ContextManager[Any]:
+        """Reduce nothing here: `average_grads` does, whatever the wrapper waits for."""
+        return self.no_sync(True)
+
+    def no_sync(self, wanted: bool) -> ContextManager[Any]:
+        """Return a context without reduction by the model's wrapper, if ``wanted``."""
+        if wanted and hasattr(self._model, "no_sync"):
+            return self._model.no_sync()
+        return contextlib.nullcontext()
+
+    def reduce(self, figures: Tensor, op: str = "sum") -> None:
+        if self._group is not None:
+            dist.all_reduce(
+                figures, {"sum": dist.ReduceOp.SUM, "max": dist.ReduceOp.MAX}[op], self._group
+            )
+
+    def average_grads(self) -> None:
+        """Average the gradients, where one process has none it counts as zero."""
+        if self._group is None:
+            return
+        for params in _buckets(self._params):
+            for p in params:
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            grads = [p.grad for p in params if p.grad is not None]
+            flat = torch.cat([g.flatten() for g in grads]) / self.world
+            dist.all_reduce(flat, group=self._group)
+            for g, averaged in zip(grads, flat.split([g.numel() for g in grads])):
+                g.copy_(averaged.view_as(g))
+
+
+def _buckets(params: Sequence[Parameter]) -> List[List[Parameter]]:
+    """Cut ``params`` into lists of one dtype and device and about `_BUCKET` elements."""
+    buckets: List[List[Parameter]] = []
+    filled, kind = 0, None
+    for p in params:
+        if (p.dtype, p.device) != kind or filled >= _BUCKET:
+            buckets.append([])
+            filled, kind = 0, (p.dtype, p.device)
+        buckets[-1].append(p)
+        filled += p.numel()
+    return buckets
+
+
+def checked(losses: Tensor) -> Tensor:
+    """Return the losses that a closure returned.
+
+    Raises:
+        ValueError: they are not one loss a sentence in float32 or better.
+    """
+    if not torch.is_tensor(losses) or losses.dim() != 1:
+        found = f"of shape {tuple(losses.shape)}" if torch.is_tensor(losses) else type(losses)
+        raise ValueError(
+            f"the closure returned losses {found}; return one loss a sentence, shape (B,): "
+            'F.cross_entropy(logits.float(), labels, reduction="none"), and of the tokens of a '
+            "sentence the sum"
+        )
+    if losses.element_size() < 4:
+        raise ValueError(
+            f"the closure returned losses in {losses.dtype}, too coarse for their differences; "
+            "compute them in float32, from logits.float()"
+        )
+    return losses

@@ -1,0 +1,372 @@
+"""A backward that leaves the gradient at ``w + eps*`` in ``p.grad``, for any PyTorch loop.
+
+    sam = SharpnessAware(model, method="delta_sam", rho=0.05, beta=3)
+    losses = sam.backward(lambda: per_sentence_losses(model, batch))    # clean, shape (B,)
+    optimizer.step(); optimizer.zero_grad(); scheduler.step()
+
+It takes the place of ``loss.backward()``. Optimizer, scheduler, clipping and GradScaler stay as
+they are, because the weights are w again when it returns.
+"""
+
+import logging
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import Module, Parameter
+
+from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
+from deltasam_fairseq.core import (
+    Ascent,
+    AscentFigures,
+    DeltaWeighting,
+    Parts,
+    Perturber,
+    Radius,
+    Weighting,
+)
+from deltasam_fairseq.core.rng_replay import furthest_off
+from deltasam_fairseq.pytorch.passes import Closure, ClosurePasses
+
+logger = logging.getLogger(__name__)
+
+# Method -> its parts, from rho and the hyperparameters of `SharpnessAware`.
+METHODS: Dict[str, Callable[[float, Dict[str, float]], Parts]] = {
+    "sam": lambda rho, more: Parts(Radius(rho)),
+    "asam": lambda rho, more: Parts(Radius(rho)),
+    "delta_sam": lambda rho, more: Parts(
+        Radius(rho), DeltaWeighting(more["beta"]) if more["beta"] else Weighting()
+    ),
+}
+DEFAULT_ETA = 0.01
+
+
+class SharpnessAware:
+    """Gradients at the perturbed weights, over one global batch a call of `backward`.
+
+    Under data parallelism every process makes the same perturbation, from the batch of all; the
+    ascent adds one reduction of the gradients, delta-SAM one of four float64 numbers, and one
+    number counts the sentences.
+
+    Args:
+        model: whose weights train, in its DistributedDataParallel wrapper if there is one. A loss
+            with weights of its own belongs in it. Weights that require no gradient stay as they
+            are.
+        method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``; or the
+            `Parts` of another, for which rho and beta have no meaning.
+        rho: radius of the perturbation, L2 norm in weight space, at least 0; 0: plain gradients.
+            0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``.
+        beta: delta-SAM's strength of the reweighting, at least 0; 0 is SAM.
+        eta: added to ``|w|`` by ``asam``, and makes another method adaptive; unit of a weight.
+        probe_radius: of delta-SAM's probe; default: rho, and in half precision a radius that
+            the weights resolve.
+        reduction: what ``p.grad`` is the gradient of: the ``mean`` of the sentences of the global
+            batch, or their ``sum``.
+        seed: of probe and rounding, the same on every process.
+        process_group: of a loop that averages gradients over processes without
+            DistributedDataParallel.
+        compute_dtype: in which the forward multiplies; default: found in the first update.
+
+    Raises:
+        ValueError: an argument out of range.
+        TypeError: a model whose weights are in shards.
+    """
+
+    def __init__(
+        self,
+        model: Module,
+        method: Union[str, Parts] = "delta_sam",
+        rho: float = 0.05,
+        beta: float = 3.0,
+        *,
+        eta: Optional[float] = None,
+        probe_radius: Optional[float] = None,
+        reduction: str = "mean",
+        seed: int = 0,
+        process_group: Any = None,
+        compute_dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        _require(isinstance(method, Parts) or method in METHODS, "method", method, list(METHODS))
+        for name, value in (("rho", rho), ("beta", beta), ("eta", eta or 0.0)):
+            _require(value >= 0, name, value, "a number of at least 0")
+        _require(probe_radius is None or probe_radius > 0, "probe_radius", probe_radius, "above 0")
+        _require(reduction in ("mean", "sum"), "reduction", reduction, ["mean", "sum"])
+        if any(hasattr(p, "device_mesh") for p in model.parameters()) or any(
+            type(m).__name__ in ("FullyShardedDataParallel", "DeepSpeedEngine")
+            for m in model.modules()
+        ):
+            raise TypeError(
+                f"{type(model).__name__}: its weights are in shards, whose norm no process knows; "
+                "use DistributedDataParallel"
+            )
+        if eta is None and method == "asam":
+            eta = DEFAULT_ETA
+        parts = method if isinstance(method, Parts) else METHODS[method](rho, {"beta": beta})
+        self.model, self.reduction, self.seed = model, reduction, seed
+        self.update = 0
+        self._perturber = Perturber(parts, eta, probe_radius)
+        self._ascent = Ascent(self._perturber, self.parameters)
+        self._group = getattr(model, "process_group", process_group)
+        if self._group is None and dist.is_available() and dist.is_initialized():
+            self._group = process_group
+            if dist.get_world_size() > 1:
+                logger.warning(
+                    "SharpnessAware: the model is not in DistributedDataParallel, so every process "
+                    "makes a perturbation of its own; pass the wrapped model, or process_group"
+                )
+        self._compute_dtype = compute_dtype
+        self._divisor = 0.0  # of the ascent's sum of losses: the first batch's sentences
+        self._looked = False
+        self._last: Optional[_Update] = None
+        _require(
+            bool(self.parameters()), "model", type(model).__name__, "one with weights to train"
+        )
+        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
+        self._compute_in(compute_dtype or min(dtypes, key=_bits))
+
+    def parameters(self) -> List[Parameter]:
+        """Return the weights that train, in the model's order."""
+        return [p for p in self.model.parameters() if p.requires_grad]
+
+    def backward(
+        self,
+        closures: Union[Closure, Sequence[Closure]],
+        scaler: Any = None,
+        scale: float = 1.0,
+    ) -> Tensor:
+        """Add the descent's gradient to ``p.grad``, as ``backward`` of a loss does.
+
+        Args:
+            closures: each computes the losses of the sentences of a micro-batch, shape (B,), in
+                float32 or better, under an autocast of its own if there is one. Several are one
+                global batch, as are those of all processes. Each is called two to four times,
+                with the same random numbers.
+            scaler: a ``GradScaler``; the gradients are then scaled for it.
+            scale: of the gradients, beside; for a loop that divides by a number of its own.
+
+        Returns:
+            the losses at w of this process's sentences, without graph, shape (N,).
+
+        Raises:
+            ValueError: a closure's losses are not one a sentence, or not the same in two calls.
+        """
+        closures = [closures] if callable(closures) else list(closures)
+        _require(bool(closures), "closures", closures, "at least one")
+        params = self.parameters()
+        scale_loss = _unscaled if scaler is None else scaler.scale
+        if not self._looked:
+            self._look_at_first(
+                ClosurePasses(closures, self.model, params, self._group, scale_loss)
+            )
+        passes = ClosurePasses(closures, self.model, params, self._group, scale_loss, self._divisor)
+        accumulated = [(p, p.grad) for p in params]
+        if getattr(self.model, "gradient_as_bucket_view", False):  # the next reduction overwrites
+            accumulated = [(p, g if g is None else g.clone()) for p, g in accumulated]
+        try:
+            _forget_gradients(params)
+            figures = None
+            if self._perturber.parts.radius.rho > 0:
+                figures = self._ascent.run(passes, self.seed, self.update)
+                _forget_gradients(params)
+            perturbed = self._descend(passes, figures, scale)
+        except BaseException:
+            _forget_gradients(params)
+            raise
+        finally:
+            self._perturber.restore()
+            for p, before in accumulated:
+                if before is not None:
+                    p.grad = before if p.grad is None else p.grad.add_(before)
+        clean = torch.cat([passes.clean[i] for i in range(passes.count)])
+        self._last = _Update(clean, torch.cat(perturbed), figures, passes.n)
+        self.update += 1
+        return clean
+
+    def _descend(
+        self, passes: ClosurePasses, figures: Optional[AscentFigures], scale: float
+    ) -> List[Tensor]:
+        """Forward and backward where the weights are; the gradient is in ``p.grad``.
+
+        Returns:
+            the losses there, without graph, one tensor a micro-batch.
+        """
+        descent, perturbed = self._perturber.parts.descent, []
+        factor = None if figures is None else self._factor(passes, figures, scale)
+        passes.replay()
+        for i in range(passes.count):
+            with passes.no_sync(i < passes.count - 1):
+                losses = passes.forward(i)
+                perturbed.append(losses.detach())
+                if figures is None:
+                    passes.log(i, losses)
+                    if i == passes.count - 1:  # now the number of all sentences is known
+                        factor = self._factor(passes, figures, scale)
+                        _multiply_gradients(self.parameters(), factor * self._divisor)
+                loss = descent.loss(i, losses)
+                passes.backward(loss, 1 / self._divisor if factor is None else factor)
+        return perturbed
+
+    def _factor(
+        self, passes: ClosurePasses, figures: Optional[AscentFigures], scale: float
+    ) -> Union[float, Tensor]:
+        """Return what the sum of a process's losses is multiplied by.
+
+        Data-parallel wrappers average gradients over processes.
+        """
+        passes.count_sentences(None if figures is None else figures.reweighting)
+        return scale * passes.world / (passes.n if self.reduction == "mean" else 1)
+
+    def _look_at_first(self, passes: ClosurePasses) -> None:
+        """Find the precision of the forward, and require that forwards replay; once.
+
+        Raises:
+            ValueError: the same sentences have other losses in a second call.
+        """
+        found: List[torch.dtype] = []
+
+        def note(module: Module, _: Any) -> None:
+            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
+            found.extend(multiplied_in(p) for p in own if p.is_floating_point())
+
+        hooks = [m.register_forward_pre_hook(note) for m in self.model.modules()]
+        try:
+            with torch.no_grad():
+                passes.replay()
+                first = passes.forward(0)
+                passes.replay()
+                second = passes.forward(0)
+            passes.replay()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        if self._compute_dtype is None and found:
+            self._compute_in(min(found, key=_bits))
+        j = furthest_off(first, second, self._perturber.probe_dtype or first.dtype)
+        if j is not None:
+            raise ValueError(
+                f"two calls of a closure from the same random state gave sentence {j} the losses "
+                f"{first[j]:g} and {second[j]:g}; the weights of the sentences and the step "
+                "compare such calls. The closure must compute the same batch in every call (fetch "
+                "it outside), with random numbers of torch's, numpy's and Python's own generators; "
+                "then dropout of cuDNN's nn.LSTM and kernels that are not deterministic are to be "
+                "suspected"
+            )
+        if not self._divisor:
+            passes.log(0, first)
+            passes.count_sentences()
+            self._divisor = float(passes.n) * passes.count
+        self._looked = True
+
+    def _compute_in(self, dtype: torch.dtype) -> None:
+        device = self.parameters()[0].device
+        self._perturber.compute_in(dtype, tf32=multiplies_in_tf32(device))
+
+    # For loops that were written for another SAM
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Move the weights to ``w + eps*`` along the gradients in ``p.grad``.
+
+        With `second_step` the two-step interface of other implementations, for ``sam`` and
+        ``asam`` on one full batch: the second forward draws its own dropout masks, and gradients
+        that a GradScaler scaled must be unscaled before.
+
+        Raises:
+            ValueError: for a method that weighs sentences.
+        """
+        parts = self._perturber.parts
+        _require(not parts.weighting.probes, "method", "one that weighs sentences", "sam, asam")
+        self._perturber.restore()
+        self._perturber.rho = parts.radius.in_force(self.update, None)
+        self._perturber.ascend(self.parameters(), self.seed, self.update)
+        self.update += 1
+        if zero_grad:
+            _forget_gradients(self.parameters())
+
+    def second_step(self, optimizer: Any = None, zero_grad: bool = False) -> None:
+        """Restore the weights; let ``optimizer`` step from them, if given."""
+        self._perturber.restore()
+        if optimizer is not None:
+            optimizer.step()
+        if zero_grad:
+            _forget_gradients(self.parameters())
+
+    # Figures and resuming
+
+    def figures(self) -> Dict[str, float]:
+        """Return what the last `backward` found, for a log; waits for the device.
+
+        ``loss``, ``sam_loss`` (at ``w + eps*``) and ``sharpness``, their difference: means over
+        this process's sentences. Of the global batch: ``ascent_gnorm``, ``delta_sam_r``,
+        ``delta_sam_uniform`` (1 for uniform weights in a degenerate case). Of this process's
+        sentences: ``delta_sam_effective``, the effective share of instances, 1/N to 1, and
+        ``delta_sam_negative``, the share with a negative weight. In half precision:
+        ``sam_realised``, the share of the ascent that survived rounding, and
+        ``delta_sam_radius``, of the probe.
+        """
+        if self._last is None:
+            return {}
+        clean, perturbed, found, n = self._last
+        figures: Dict[str, Any] = {"loss": clean.mean()}
+        if found is not None:
+            figures["sam_loss"] = perturbed.mean()
+            figures["sharpness"] = (perturbed.double() - clean.double()).mean()
+            figures["ascent_gnorm"] = found.gnorm / n
+            if found.realised is not None:
+                figures["sam_realised"] = found.realised
+        if found is not None and found.reweighting is not None:
+            r = found.reweighting
+            figures["delta_sam_r"] = r.r
+            figures["delta_sam_effective"] = len(r.weights) / (r.n * r.n * r.squares)
+            figures["delta_sam_negative"] = (r.weights < 0).double().mean()
+            figures["delta_sam_uniform"] = r.uniform
+            if found.realised is not None:
+                figures["delta_sam_radius"] = found.probe_radius
+        return {name: float(value) for name, value in figures.items()}
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what an exact continuation needs beside model, optimizer and generators."""
+        return {"update": self.update, "seed": self.seed, "divisor": self._divisor}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Go on from a `state_dict`.
+
+        Raises:
+            ValueError: it is none.
+        """
+        missing = [key for key in self.state_dict() if key not in state]
+        _require(not missing, "state", f"without {missing}", "what state_dict() returned")
+        self.update, self.seed, self._divisor = state["update"], state["seed"], state["divisor"]
+
+
+def _bits(dtype: torch.dtype) -> int:
+    return torch.finfo(dtype).bits
+
+
+def _unscaled(loss: Tensor) -> Tensor:
+    return loss
+
+
+class _Update(NamedTuple):
+    """What `SharpnessAware.figures` are made of: losses of this process, N of the batch."""
+
+    clean: Tensor
+    perturbed: Tensor
+    figures: Optional[AscentFigures]
+    n: Union[float, Tensor]
+
+
+def _forget_gradients(params: Sequence[Parameter]) -> None:
+    for p in params:
+        p.grad = None
+
+
+def _multiply_gradients(params: Sequence[Parameter], factor: Union[float, Tensor]) -> None:
+    for p in params:
+        if p.grad is not None:
+            p.grad.mul_(factor)
+
+
+def _require(condition: bool, name: str, value: Any, allowed: Any) -> None:
+    if not condition:
+        raise ValueError(f"SharpnessAware: {name} {value!r}; allowed: {allowed}")

@@ -1,0 +1,65 @@
+"""One rank of a plain PyTorch loop in DistributedDataParallel.
+
+    python -m tests.pytorch.ranks FOLDER PORT RANK
+
+Two ranks with two micro-batches each, of other sizes on the other rank; every method makes three
+updates. Written to FOLDER: weights, last gradients, and the sizes of what was reduced.
+"""
+
+import functools
+import sys
+
+import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
+
+from deltasam_fairseq.pytorch import METHODS, SharpnessAware
+from tests.pytorch import small
+
+# Sizes of the micro-batches of each rank; one process has all four.
+SIZES = ((1, 2), (2, 1))
+
+
+def train(method, closures_of, wrap=None, seen=None):
+    """Return the weights after three updates and the gradients of the last one."""
+    model = small.model(dropout=0.0, dtype=torch.float64)
+    wrapped = model if wrap is None else wrap(model)
+    sam = SharpnessAware(wrapped, method, rho=0.1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    for _ in range(3):
+        optimizer.zero_grad()
+        if seen is not None:
+            seen.clear()
+        sam.backward(closures_of(wrapped))
+        optimizer.step()
+    return small.weights(model), small.gradients(model)
+
+
+def main(folder, port, rank):
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
+    all_reduce, seen = dist.all_reduce, []
+
+    def counting(tensor, *args, **kwargs):
+        seen.append((tensor.dtype, tensor.numel()))
+        return all_reduce(tensor, *args, **kwargs)
+
+    dist.all_reduce = counting
+
+    def own(model):
+        sizes = [size for each in SIZES for size in each]
+        closures = small.closures(model, *sizes, dtype=torch.float64)
+        return closures[2 * rank : 2 * rank + 2]
+
+    found = {}
+    for bucket_view in (False, True):
+        wrap = functools.partial(DistributedDataParallel, gradient_as_bucket_view=bucket_view)
+        for method in METHODS:
+            ends = train(method, own, wrap, seen)
+            found[method, bucket_view] = (*ends, list(seen))
+    torch.save(found, f"{folder}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -1,0 +1,70 @@
+"""The plain loop and fairseq's trainer: the same model, batches, seed and method in float64."""
+
+import copy
+
+import pytest
+import torch
+
+from deltasam_fairseq.criterions import per_sentence_losses
+from deltasam_fairseq.optim import sharpness_aware
+from deltasam_fairseq.pytorch import METHODS, SharpnessAware
+from tests.helpers import tiny
+from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
+from tests.pytorch import small
+
+RHO, BETA, LR = 0.1, 3.0, 0.1
+OPTIONS = {
+    "sam": ["sam_sgd"],
+    "asam": ["sam_sgd", "--sam-adaptive"],
+    "delta_sam": ["delta_sam_sgd", "--delta-sam-beta", str(BETA)],
+}
+
+
+def record(perturber, seen):
+    """Note the weights of the sentences and w + eps*."""
+    ascend, weighting = perturber.ascend, perturber.parts.weighting
+    weigh = weighting.weigh
+
+    def recording_weigh(*args):
+        found = weigh(*args)
+        seen.append(found.weights)
+        return found
+
+    def recording_ascend(params, *args):
+        found = ascend(params, *args)
+        seen.append(torch.cat([p.detach().flatten() for p in params]))
+        return found
+
+    perturber.ascend, weighting.weigh = recording_ascend, recording_weigh
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_same_updates(classification, tmp_path, method, micro_batches):
+    """g'_j, w + eps* and the weights of three updates, with dropout; to float64 rounding."""
+    argv = tiny.arguments(
+        classification,
+        tmp_path,
+        *("--optimizer", *OPTIONS[method], "--sam-rho", str(RHO), "--lr", str(LR)),
+    )
+    argv += ["--criterion", "float64_sentence_prediction", "--dropout", "0.1"]
+    trainer = tiny.build_trainer(argv, dtype=torch.float64)
+    model, criterion = copy.deepcopy(trainer.get_model()), trainer.get_criterion()
+    sam = SharpnessAware(model, method, RHO, BETA, seed=trainer.cfg.common.seed)
+    optimizer = torch.optim.SGD(model.parameters(), lr=LR)
+    seen = [], []
+    record(sharpness_aware(trainer.optimizer).core, seen[0])
+    record(sam._perturber, seen[1])
+    samples = tiny.batches(trainer)
+    for update in range(3):
+        batch = samples[update : update + micro_batches]
+        trainer.train_step(batch)
+        model.train()
+        torch.manual_seed(trainer.cfg.common.seed + update)
+        sam.backward([lambda s=s: per_sentence_losses(criterion, model, s).losses for s in batch])
+        optimizer.step()
+        optimizer.zero_grad()
+    assert len(seen[0]) == len(seen[1]) == (6 if method == "delta_sam" else 3)
+    for ours, theirs in zip(*seen):
+        torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(tiny.weights(trainer), small.weights(model), rtol=1e-9, atol=1e-11)

@@ -1,0 +1,41 @@
+"""Two ranks in DistributedDataParallel against one process with the whole batch."""
+
+import pytest
+import torch
+
+from deltasam_fairseq.pytorch import METHODS
+from tests.helpers import processes
+from tests.pytorch import ranks, small
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    folder, port = tmp_path_factory.mktemp("ranks"), processes.free_port()
+    started = [
+        processes.fork("tests.pytorch.ranks", [folder, port, rank], folder / f"{rank}.log")
+        for rank in range(2)
+    ]
+    for rank, process in enumerate(started):
+        process.join(100)
+        assert process.exitcode == 0, (folder / f"{rank}.log").read_text()
+    return [torch.load(folder / f"{rank}.pt", weights_only=False) for rank in range(2)]
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("method", sorted(METHODS))
+def test_equal_to_one_process(found, method, bucket_view):
+    """In float64; both ranks have the same weights, bit for bit."""
+    (weights, gradients, _), (others, _, _) = (each[method, bucket_view] for each in found)
+    assert all(map(torch.equal, weights, others))
+    expected = ranks.train(method, lambda m: small.closures(m, dtype=torch.float64))
+    torch.testing.assert_close((weights, gradients), expected, rtol=1e-9, atol=1e-12)
+
+
+def test_what_is_reduced(found):
+    """The ascent's gradients once, and four numbers for delta-SAM or one for SAM.
+
+    DistributedDataParallel reduces the descent's by itself.
+    """
+    d = sum(p.numel() for p in small.model().parameters())
+    assert found[0]["delta_sam", False][2] == [(torch.float64, 4), (torch.float64, d)]
+    assert found[0]["sam", False][2] == [(torch.float64, d), (torch.float64, 1)]
