@@ -8,8 +8,9 @@ It takes the place of ``loss.backward()``. Optimizer, scheduler, clipping and Gr
 they are, because the weights are w again when it returns.
 """
 
+import inspect
 import logging
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ from torch.nn import Module, Parameter
 
 from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.core import (
+    GSAM,
     Ascent,
     AscentFigures,
     DeltaWeighting,
+    Descent,
     Parts,
     Perturber,
     Radius,
@@ -31,15 +34,26 @@ from deltasam_fairseq.pytorch.passes import Closure, ClosurePasses
 
 logger = logging.getLogger(__name__)
 
-# Method -> its parts, from rho and the hyperparameters of `SharpnessAware`.
-METHODS: Dict[str, Callable[[float, Dict[str, float]], Parts]] = {
-    "sam": lambda rho, more: Parts(Radius(rho)),
-    "asam": lambda rho, more: Parts(Radius(rho)),
-    "delta_sam": lambda rho, more: Parts(
-        Radius(rho), DeltaWeighting(more["beta"]) if more["beta"] else Weighting()
-    ),
-}
 DEFAULT_ETA = 0.01
+
+
+def _delta_sam(radius: Radius, beta: float = 3.0) -> Parts:
+    _require(beta >= 0, "beta", beta, "a number of at least 0")
+    return Parts(radius, DeltaWeighting(beta) if beta else Weighting())
+
+
+def _gsam(radius: Radius, alpha: float = 0.4) -> Parts:
+    _require(alpha >= 0, "alpha", alpha, "a number of at least 0")
+    return Parts(radius, descent=GSAM(alpha) if alpha else Descent())
+
+
+# Method -> its parts, from the radius and the method's own hyperparameters.
+METHODS: Dict[str, Callable[..., Parts]] = {
+    "sam": Parts,
+    "asam": Parts,
+    "delta_sam": _delta_sam,
+    "gsam": _gsam,
+}
 
 
 class SharpnessAware:
@@ -53,11 +67,13 @@ class SharpnessAware:
         model: whose weights train, in its DistributedDataParallel wrapper if there is one. A loss
             with weights of its own belongs in it. Weights that require no gradient stay as they
             are.
-        method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``; or the
-            `Parts` of another, for which rho and beta have no meaning.
+        method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``, ``gsam``
+            (Zhuang et al. 2022); or the `Parts` of another, for which rho has no meaning.
         rho: radius of the perturbation, L2 norm in weight space, at least 0; 0: plain gradients.
-            0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``.
-        beta: delta-SAM's strength of the reweighting, at least 0; 0 is SAM.
+            0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``. Or a `Radius`, such as
+            `deltasam_fairseq.core.RhoAlongLR`.
+        more: the method's own: ``beta`` of ``delta_sam``, strength of the reweighting, at least 0,
+            default 3, 0 is SAM; ``alpha`` of ``gsam``, at least 0, default 0.4.
         eta: added to ``|w|`` by ``asam``, and makes another method adaptive; unit of a weight.
         probe_radius: of delta-SAM's probe; default: rho, and in half precision a radius that
             the weights resolve.
@@ -77,8 +93,7 @@ class SharpnessAware:
         self,
         model: Module,
         method: Union[str, Parts] = "delta_sam",
-        rho: float = 0.05,
-        beta: float = 3.0,
+        rho: Union[float, Radius] = 0.05,
         *,
         eta: Optional[float] = None,
         probe_radius: Optional[float] = None,
@@ -86,9 +101,10 @@ class SharpnessAware:
         seed: int = 0,
         process_group: Any = None,
         compute_dtype: Optional[torch.dtype] = None,
+        **more: float,
     ) -> None:
-        _require(isinstance(method, Parts) or method in METHODS, "method", method, list(METHODS))
-        for name, value in (("rho", rho), ("beta", beta), ("eta", eta or 0.0)):
+        radius = rho if isinstance(rho, Radius) else Radius(rho)
+        for name, value in (("rho", radius.rho), ("eta", eta or 0.0)):
             _require(value >= 0, name, value, "a number of at least 0")
         _require(probe_radius is None or probe_radius > 0, "probe_radius", probe_radius, "above 0")
         _require(reduction in ("mean", "sum"), "reduction", reduction, ["mean", "sum"])
@@ -102,7 +118,7 @@ class SharpnessAware:
             )
         if eta is None and method == "asam":
             eta = DEFAULT_ETA
-        parts = method if isinstance(method, Parts) else METHODS[method](rho, {"beta": beta})
+        parts = method if isinstance(method, Parts) else _parts(method, radius, more)
         self.model, self.reduction, self.seed = model, reduction, seed
         self.update = 0
         self._perturber = Perturber(parts, eta, probe_radius)
@@ -166,7 +182,7 @@ class SharpnessAware:
         try:
             _forget_gradients(params)
             figures = None
-            if self._perturber.parts.radius.rho > 0:
+            if self._perturber.parts.radius.active(self.update):
                 figures = self._ascent.run(passes, self.seed, self.update)
                 _forget_gradients(params)
             perturbed = self._descend(passes, figures, scale)
@@ -202,9 +218,16 @@ class SharpnessAware:
                     passes.log(i, losses)
                     if i == passes.count - 1:  # now the number of all sentences is known
                         factor = self._factor(passes, figures, scale)
-                        _multiply_gradients(self.parameters(), factor * self._divisor)
+                        grads = [p.grad for p in self.parameters() if p.grad is not None]
+                        _multiply(grads, factor * self._divisor)
                 loss = descent.loss(i, losses)
                 passes.backward(loss, 1 / self._divisor if factor is None else factor)
+        if descent.corrects and figures is not None and factor is not None:
+            # The ascent's gradient is in the units of its own factor.
+            grads = {p: p.grad for p in self.parameters() if p.grad is not None}
+            _multiply(grads.values(), 1 / (self._divisor * factor))
+            descent.correct_(grads)
+            _multiply(grads.values(), self._divisor * factor)
         return perturbed
 
     def _factor(
@@ -361,10 +384,18 @@ def _forget_gradients(params: Sequence[Parameter]) -> None:
         p.grad = None
 
 
-def _multiply_gradients(params: Sequence[Parameter], factor: Union[float, Tensor]) -> None:
-    for p in params:
-        if p.grad is not None:
-            p.grad.mul_(factor)
+def _multiply(grads: Iterable[Tensor], factor: Union[float, Tensor]) -> None:
+    for grad in grads if torch.is_tensor(factor) or factor != 1 else ():
+        grad.mul_(factor)
+
+
+def _parts(method: str, radius: Radius, more: Dict[str, float]) -> Parts:
+    _require(method in METHODS, "method", method, list(METHODS))
+    build = METHODS[method]
+    own = list(inspect.signature(build).parameters)[1:] if build is not Parts else []
+    for name, value in more.items():
+        _require(name in own, name, value, f"with method {method!r} only {own}")
+    return build(radius, **more)
 
 
 def _require(condition: bool, name: str, value: Any, allowed: Any) -> None:

@@ -65,11 +65,11 @@ def test_the_probe_follows_float16s_rule(has_tf32, shares_of):
     """Total variation of g to float64: the literal probe's is larger than the rule's."""
     exact, _ = shares_of(*FLOAT64, dtype=torch.float64)
     float32, trainer = shares_of()
-    assert sharpness_aware(trainer.optimizer).probe_signs == (1.0,)
+    assert sharpness_aware(trainer.optimizer).core.probe_signs == (1.0,)
     literal, _ = shares_of(tf32=True, known=False)
     ruled, trainer = shares_of(tf32=True)
     assert multiplies_in_tf32(trainer.device)
-    assert sharpness_aware(trainer.optimizer).probe_signs == (1.0, -1.0)
+    assert sharpness_aware(trainer.optimizer).core.probe_signs == (1.0, -1.0)
     found = (float32, literal, ruled)
     apart = [(shares - exact).abs().sum().item() / 2 for shares in found]
     print("total variation to float64: float32 {:.4f}, literal {:.3f}, rule {:.3f}".format(*apart))

@@ -12,11 +12,12 @@ from tests.helpers import tiny
 from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
 from tests.pytorch import small
 
-RHO, BETA, LR = 0.1, 3.0, 0.1
+RHO, LR = 0.1, 0.1
 OPTIONS = {
     "sam": ["sam_sgd"],
     "asam": ["sam_sgd", "--sam-adaptive"],
-    "delta_sam": ["delta_sam_sgd", "--delta-sam-beta", str(BETA)],
+    "delta_sam": ["delta_sam_sgd", "--delta-sam-beta", "3"],
+    "gsam": ["sam_sgd", "--sam-gsam-alpha", "0.4"],
 }
 
 
@@ -50,7 +51,7 @@ def test_same_updates(classification, tmp_path, method, micro_batches):
     argv += ["--criterion", "float64_sentence_prediction", "--dropout", "0.1"]
     trainer = tiny.build_trainer(argv, dtype=torch.float64)
     model, criterion = copy.deepcopy(trainer.get_model()), trainer.get_criterion()
-    sam = SharpnessAware(model, method, RHO, BETA, seed=trainer.cfg.common.seed)
+    sam = SharpnessAware(model, method, RHO, seed=trainer.cfg.common.seed)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     seen = [], []
     record(sharpness_aware(trainer.optimizer).core, seen[0])

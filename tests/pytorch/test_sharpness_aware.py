@@ -47,7 +47,7 @@ def test_worked_by_hand():
 
 
 @pytest.mark.parametrize("sizes", [[6], [1, 3, 2]])
-@pytest.mark.parametrize("method", ["sam", "asam", "delta_sam"])
+@each_method
 def test_equals_the_reference(method, sizes):
     """In float64, one micro-batch or several of unequal size."""
     model = small.model(dropout=0.0, dtype=torch.float64)
@@ -66,11 +66,14 @@ def test_equals_the_reference(method, sizes):
     eps = {
         "sam": lambda: reference.sam_reference(losses, w, RHO),
         "asam": lambda: reference.asam_reference(losses, w, RHO, ETA),
+        "gsam": lambda: reference.sam_reference(losses, w, RHO),
         "delta_sam": lambda: reference.delta_sam_reference(losses, w, u, RHO, BETA).eps,
     }[method]()
     uniform = torch.full((small.N,), 1 / small.N, dtype=torch.float64)
     expected = reference.gradient(losses, w + eps, uniform)
-    sam = SharpnessAware(model, method, RHO, BETA, seed=7)
+    if method == "gsam":
+        expected = reference.gsam_reference(losses, w, RHO, 0.4)
+    sam = SharpnessAware(model, method, RHO, seed=7)
     clean = sam.backward(small.closures(model, *sizes, dtype=torch.float64))
     torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
     torch.testing.assert_close(clean, losses(w))
@@ -117,14 +120,14 @@ def test_rho_0_is_the_plain_gradient(method, sizes):
         assert torch.equal(small.gradients(model), expected)
 
 
-def test_beta_0_is_sam():
+def test_strength_0_is_sam():
     ends = []
-    for method, beta in (("sam", 3.0), ("delta_sam", 0.0)):
+    for method, more in (("sam", {}), ("delta_sam", {"beta": 0.0}), ("gsam", {"alpha": 0.0})):
         model = small.model()
         torch.manual_seed(3)
-        SharpnessAware(model, method, beta=beta).backward(small.closures(model))
+        SharpnessAware(model, method, **more).backward(small.closures(model))
         ends.append(small.gradients(model))
-    assert torch.equal(*ends)
+    assert all(torch.equal(ends[0], end) for end in ends)
 
 
 def test_accumulates_and_scales():
@@ -355,6 +358,8 @@ def test_an_error_in_a_closure_leaves_weights_and_gradients(moment):
         ({"rho": -1.0}, "rho -1.0"),
         ({"beta": -1.0}, "beta -1.0"),
         ({"eta": -1.0}, "eta -1.0"),
+        ({"method": "gsam", "alpha": -1.0}, "alpha -1.0"),
+        ({"method": "sam", "beta": 3.0}, "beta 3.0; allowed: with method 'sam' only"),
         ({"probe_radius": 0.0}, "probe_radius 0.0; allowed: above 0"),
         ({"reduction": "max"}, "reduction 'max'"),
     ],
