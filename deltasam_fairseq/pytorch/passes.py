@@ -66,7 +66,8 @@ class ClosurePasses(Passes[Tensor]):
     ) -> None:
         self.count = len(closures)
         self.clean: Dict[int, Tensor] = {}
-        self._closures, self._model, self._params, self._group = closures, model, params, group
+        self._closures, self._params, self._group = closures, params, group
+        self._model: Any = model
         self._scale_loss, self._divisor = scale_loss, divisor
         self.world = 1 if group is None else dist.get_world_size(group)
         one = torch.ones((), device=params[0].device)
@@ -117,9 +118,9 @@ class ClosurePasses(Passes[Tensor]):
 
     def no_sync_unless_last(self, last: bool) -> ContextManager[Any]:
         """Reduce nothing here: `average_grads` does, whatever the wrapper waits for."""
-        return self.no_sync(True)
+        return self.without_sync(True)
 
-    def no_sync(self, wanted: bool) -> ContextManager[Any]:
+    def without_sync(self, wanted: bool) -> ContextManager[Any]:
         """Return a context without reduction by the model's wrapper, if ``wanted``."""
         if wanted and hasattr(self._model, "no_sync"):
             return self._model.no_sync()

@@ -211,23 +211,23 @@ class SharpnessAware:
         factor = None if figures is None else self._factor(passes, figures, scale)
         passes.replay()
         for i in range(passes.count):
-            with passes.no_sync(i < passes.count - 1):
+            with passes.without_sync(i < passes.count - 1):
                 losses = passes.forward(i)
                 perturbed.append(losses.detach())
                 if figures is None:
                     passes.log(i, losses)
                     if i == passes.count - 1:  # now the number of all sentences is known
                         factor = self._factor(passes, figures, scale)
-                        grads = [p.grad for p in self.parameters() if p.grad is not None]
-                        _multiply(grads, factor * self._divisor)
+                        unscaled = [p.grad for p in self.parameters() if p.grad is not None]
+                        _multiply(unscaled, factor * self._divisor)
                 loss = descent.loss(i, losses)
                 passes.backward(loss, 1 / self._divisor if factor is None else factor)
         if descent.corrects and figures is not None and factor is not None:
             # The ascent's gradient is in the units of its own factor.
-            grads = {p: p.grad for p in self.parameters() if p.grad is not None}
-            _multiply(grads.values(), 1 / (self._divisor * factor))
-            descent.correct_(grads)
-            _multiply(grads.values(), self._divisor * factor)
+            by_weight = {p: p.grad for p in self.parameters() if p.grad is not None}
+            _multiply(by_weight.values(), 1 / (self._divisor * factor))
+            descent.correct_(by_weight)
+            _multiply(by_weight.values(), self._divisor * factor)
         return perturbed
 
     def _factor(
