@@ -46,6 +46,7 @@ from deltasam_fairseq.convert.vocabulary import (
 )
 from deltasam_fairseq.data.binarize import build_bpe
 from deltasam_fairseq.models import BertModel
+from deltasam_fairseq.sts.folder import TASK as SENTENCE_EMBEDDING
 
 # fairseq 0.12.2 keeps a layer's weights twice, and trains the others.
 SECOND_COPY = re.compile(r"\.layers\.\d+\.(in_proj|out_proj|fc1|fc2)_(weight|bias)$")
@@ -181,9 +182,20 @@ def classification_head(model: Any) -> Any:
     return heads[name]
 
 
-def hf_config(model: Any, model_type: str, symbols: List[str], labels: List[str]) -> Any:
-    """transformers' config of a fairseq model with ``symbols`` in the order of their ids."""
-    args = model.args
+def hf_config(model: Any, model_type: str, symbols: List[str], labels: Optional[List[str]]) -> Any:
+    """transformers' config of a fairseq model with ``symbols`` in the order of their ids.
+
+    Args:
+        labels: names of the classes; None: there is no head.
+    """
+    args, head = model.args, {}
+    if labels is not None:
+        head = {
+            "classifier_dropout": args.pooler_dropout,
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: i for i, label in enumerate(labels)},
+            "problem_type": "regression" if len(labels) == 1 else "single_label_classification",
+        }
     activation = {ours: theirs for theirs, ours in reversed(list(ACTIVATIONS.items()))}
     config = import_transformers().AutoConfig.for_model(
         model_type,
@@ -195,23 +207,25 @@ def hf_config(model: Any, model_type: str, symbols: List[str], labels: List[str]
         hidden_act=activation[args.activation_fn],
         hidden_dropout_prob=args.dropout,
         attention_probs_dropout_prob=args.attention_dropout,
-        classifier_dropout=args.pooler_dropout,
         layer_norm_eps=args.layer_norm_eps if model_type == "bert" else 1e-5,
         type_vocab_size=FAMILIES[model_type].token_types,
         pad_token_id=symbols.index("<pad>"),
         bos_token_id=symbols.index("<s>"),
         eos_token_id=symbols.index("</s>"),
-        id2label=dict(enumerate(labels)),
-        label2id={label: i for i, label in enumerate(labels)},
-        problem_type="regression" if len(labels) == 1 else "single_label_classification",
+        **head,
     )
     config.max_position_embeddings = args.max_positions + first_position(config)
     return config
 
 
-def hf_weights(model: Any, config: Any, rows: Tensor) -> Tensors:
-    """The weights under Hugging Face's names; ``rows``: which word is which id."""
-    family, head = FAMILIES[config.model_type], classification_head(model)
+def hf_weights(model: Any, config: Any, rows: Tensor, head: Any) -> Tensors:
+    """The weights under Hugging Face's names.
+
+    Args:
+        rows: which word is which id.
+        head: None: those of the encoder alone.
+    """
+    family = FAMILIES[config.model_type]
     state = model.state_dict()
     hf = rename_modules(state, {b: a for a, b in layer_modules(config.num_hidden_layers).items()})
     hf["embeddings.word_embeddings.weight"] = state[f"{ENCODER}embed_tokens.weight"][rows]
@@ -220,6 +234,8 @@ def hf_weights(model: Any, config: Any, rows: Tensor) -> Tensors:
     hf["embeddings.position_embeddings.weight"] = torch.cat([unused, positions])
     types = state.get(f"{ENCODER}embed_types.weight", positions.new_zeros(1, positions.shape[1]))
     hf["embeddings.token_type_embeddings.weight"] = types
+    if head is None:
+        return hf
     names = {family.head_dense: "dense", family.head_out: "out_proj"}
     hf.update(rename_modules(head.state_dict(), names))
     body = ("embeddings.", "encoder.", "pooler.")
@@ -244,7 +260,8 @@ def to_hf(
     """Export a fine-tuned RoBERTa or bert.
 
     Args:
-        checkpoint: of fairseq, with a classification head.
+        checkpoint: of fairseq, with a classification head, or of --task sentence_embedding: of
+            that, the encoder alone is exported.
         data: the folder that it was trained on: input0/dict.txt (or dict.txt), label/dict.txt.
         out: folder to make.
         tokenizer: the Hugging Face folder that the model once came from, or what to-fairseq made
@@ -274,14 +291,19 @@ def to_hf(
                 f"{sorted(unknown)[:3]}: give the tokenizer that the dict.txt was made from"
             )
     rows = torch.tensor([dictionary.index(symbol) for symbol in symbols])
-    head = classification_head(model)
-    classes = head.out_proj.out_features
-    config = hf_config(model, model_type, symbols, read_labels(data, classes))
-    weights = hf_weights(model, config, rows)
-    scale = read_scale(data) if classes == 1 else 1.0
-    for name in ("weight", "bias"):
-        weights[f"{family.head_out}.{name}"] = weights[f"{family.head_out}.{name}"] * scale
-    exported = getattr(transformers, family.with_head)(config).eval()
+    head, labels, scale = None, None, 1.0
+    if trained.task != SENTENCE_EMBEDDING:
+        head = classification_head(model)
+        labels = read_labels(data, head.out_proj.out_features)
+        scale = read_scale(data) if len(labels) == 1 else 1.0
+    config = hf_config(model, model_type, symbols, labels)
+    weights = hf_weights(model, config, rows, head)
+    if head is None:
+        exported = transformers.AutoModel.from_config(config, add_pooling_layer=False).eval()
+    else:
+        for name in ("weight", "bias"):
+            weights[f"{family.head_out}.{name}"] = weights[f"{family.head_out}.{name}"] * scale
+        exported = getattr(transformers, family.with_head)(config).eval()
     load_exactly(exported, weights, str(checkpoint))
 
     side, encoded = Side(family, dictionary, rows.argsort()), random_rows(dictionary)
@@ -291,11 +313,13 @@ def to_hf(
             files = {name: x if x is True else f"{folder}/{x}" for name, x in bpe.items()}
             lines = sample_lines(vocabulary, text)
             encoded = compare_tokens(side, vocabulary, build_bpe(BPE[model_type], **files), lines)
-    compare_outputs(side, exported, model, lambda features: scale * head(features), encoded)
+    logits = None if head is None else lambda features: scale * head(features)
+    compare_outputs(side, exported, model, logits, encoded)
     with atomic_output_dir(out) as part:
         exported.save_pretrained(str(part))
         if tokenizer is not None:
             copy_tokenizer(tokenizer, part)
     scaled = f", scores times {scale:g} as in the data's TSV" if scale != 1 else ""
     ids = f"ids and tokenizer of {tokenizer}" if tokenizer else "fairseq's ids, no tokenizer"
-    return [f"{checkpoint} -> {out}: {family.with_head}, {classes} classes, {ids}{scaled}"]
+    what = "encoder alone" if labels is None else f"{family.with_head}, {len(labels)} classes"
+    return [f"{checkpoint} -> {out}: {what}, {ids}{scaled}"]

@@ -1,0 +1,1 @@
+"""Table 2 of the delta-SAM paper: sentence embeddings with one command."""
