@@ -5,9 +5,10 @@
         --data DATA --out DIR --tokenizer HF_FOLDER
 
 ``to-fairseq`` writes model.pt, dict.txt and the tokenizer's files, and prints the options to
-fine-tune with.  ``to-hf`` writes a folder for AutoModelForSequenceClassification.  Both then encode
-a few hundred lines and run both models on them; a difference is an error.  Nothing is fetched;
-transformers is needed (pip install transformers).
+fine-tune with.  ``to-hf`` writes a folder for AutoModelForSequenceClassification, of
+a model trained with --task sentence_embedding one for AutoModel.  Both then encode a few hundred
+lines and run both models on them; a difference is an error.  Nothing is fetched; transformers is
+needed (pip install transformers).
 """
 
 from __future__ import annotations

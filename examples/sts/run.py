@@ -90,7 +90,7 @@ def check(args: argparse.Namespace) -> Optional[str]:
     needed = {"train": args.train, "checkpoint": args.checkpoint, "dict": args.dict}
     for name, path in {**needed, "sts": sts_b / "sts-dev.csv"}.items():
         if not path.is_file():
-            return f"--{name}: {path} does not exist"
+            return f"--{name} {path}: no such file"
     if not available(args.sts):
         return f"--sts {args.sts}: no folder such as STSBenchmark, SICK, STS16-en-test"
     if args.batch_size > args.sentences:

@@ -1,0 +1,103 @@
+"""examples.sts: what its stages run, what its report says, what it refuses."""
+
+import json
+import sys
+
+import pytest
+
+from deltasam_fairseq.sts.datasets import SETS
+from examples.sts import report, run
+from tests.helpers import runs
+
+
+@pytest.fixture
+def files(tmp_path):
+    for name in ("sts/STSBenchmark/sts-dev.csv", "model.pt", "dict.txt", "sentences.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("x\n")
+    return tmp_path
+
+
+def arguments(files, *more):
+    words = ["--sts", files / "sts", "--train", files / "sentences.txt"]
+    words += ["--checkpoint", files / "model.pt", "--out", files / "out", *more]
+    args = run.parser().parse_args([str(word) for word in words])
+    return args, run.check(args)
+
+
+@pytest.mark.parametrize("recipe", run.RECIPES)
+def test_rows_are_table_2s(files, recipe):
+    """Criterion and optimizer of each row, with the recipe's numbers; fairseq takes the words."""
+    args, wrong = arguments(files, "--recipe", recipe, "--seeds", "7")
+    assert wrong is None
+    stages = run.run_stages(args, ["--lr", "3e-5"], files / "data")
+    names = [stage.out.name for stage in stages if stage.title.startswith("train")]
+    assert names == [f"{row}-seed7" for row in report.ROWS] and len(stages) == 8
+    for row, stage in zip(report.ROWS, stages[::2]):
+        cfg = runs.parse(stage.command[3:])
+        assert cfg.criterion._name == ("nt_xent_r3f" if "r3f" in row else "nt_xent")
+        assert cfg.optimization.lr == [3e-5] and cfg.common.seed == 7
+        assert cfg.dataset.batch_size == 200 and cfg.task.pooling == args.pooling
+        if "r3f" in row:
+            assert cfg.criterion.eps == {"bert": 5e-2, "roberta": 1e-3}[recipe]
+        if "delta_sam" in row:
+            found = cfg.optimizer.sam_rho, cfg.optimizer.delta_sam_beta
+            assert found == {"bert": (0.05, 3), "roberta": (0.01, 5)}[recipe]
+        else:
+            assert cfg.optimizer._name == "adam"
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--checkpoint", "none.pt"], "--checkpoint none.pt: no such file"),
+        (["--sts", "nowhere"], "--sts nowhere/STSBenchmark/sts-dev.csv: no such file"),
+        (["--batch-size", "9", "--sentences", "8"], "--batch-size 9: more than --sentences 8"),
+    ],
+)
+def test_refusals(files, more, message):
+    if "none.pt" in more:
+        more = [*more, "--dict", files / "dict.txt"]
+    assert message in arguments(files, *more)[1]
+
+
+def write_run(folder, name, scores, seconds):
+    (folder / "scores" / name).mkdir(parents=True)
+    (folder / "runs" / name).mkdir(parents=True)
+    (folder / "scores" / name / "sts.json").write_text(json.dumps({"spearman": scores}))
+    lines = [
+        {"epoch": 1, "valid_spearman": "80.5", "valid_num_updates": "10"},
+        {"epoch": 1, "train_num_updates": "10", "train_ups": "1", "train_train_wall": seconds},
+    ]
+    log = "".join(f"| INFO | train | {json.dumps(line)}\n" for line in lines)
+    (folder / "runs" / name / "train.log").write_text(log)
+
+
+def test_report_by_hand(tmp_path, monkeypatch):
+    for name, score, seconds in (
+        ("base-seed1", 70, 10),
+        ("base-seed2", 72, 10),
+        ("r3f-seed1", 73, 25),
+    ):
+        write_run(tmp_path, name, {"STS-B": score, "SICK-R": score - 2}, seconds)
+    words = [str(tmp_path), "--recipe", "bert", "--out", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    report.main()
+    text = (tmp_path / "report" / "report.md").read_text()
+    rows = [[c.strip() for c in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line]
+    mirror, r3f = rows[2:4]
+    expected = ["Mirror", "2", "70.00 ± 1.41", "71.00 ± 1.41", "69.00 ± 1.41", "80.50 ± 0.00"]
+    assert mirror == [*expected, "10", "1.00"]
+    assert r3f == ["+ R3F", "1", "72.00", "73.00", "71.00", "80.50", "25", "2.50"]
+    assert "Not measured: STS12, STS13, STS14, STS15, STS16." in text
+    assert all(len(row) == 1 + len(SETS) for rows in report.PAPER.values() for row in rows.values())
+
+
+def test_runs_on_different_sets_are_refused(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, "base-seed1", {"STS-B": 1.0}, 10)
+    write_run(tmp_path, "base-seed2", {"SICK-R": 1.0}, 10)
+    words = [str(tmp_path), "--recipe", "bert", "--out", str(tmp_path / "report")]
+    monkeypatch.setattr(sys, "argv", ["report", *words])
+    with pytest.raises(SystemExit):
+        report.main()
+    assert "runs were measured on different sets" in capsys.readouterr().err
