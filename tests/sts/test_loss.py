@@ -187,7 +187,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (["--batch-size", "33"], "--batch-size 33: 1 such batches need 33 sentences, there"),
+            (["--batch-size", "33"], "--batch-size 33: of each of 1 ranks, there are 32 sentences"),
             (["--batch-size", "1"], "--batch-size 1: NT-Xent needs other sentences"),
             (["--max-tokens", "99"], "--max-tokens 99: the number of negatives"),
         ],
