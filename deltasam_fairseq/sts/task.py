@@ -180,8 +180,8 @@ class Views(_Pairs):
         why = "NT-Xent needs other sentences as negatives; give at least 2"
         require(count * self.ranks > 1, "batch-size", max_sentences, why)
         batches = len(indices) // (count * self.ranks) * self.ranks
-        why = f"of each of {self.ranks} ranks, there are {len(indices)} sentences, and a batch that "
-        why += "is not full is dropped; give a smaller one"
+        why = f"of each of {self.ranks} ranks, there are {len(indices)} sentences, and a batch "
+        why += "that is not full is dropped; give a smaller one"
         require(batches > 0, "batch-size", max_sentences, why)
         return [indices[i * count : (i + 1) * count] for i in range(batches)]
 
