@@ -22,6 +22,7 @@ from deltasam_fairseq.algorithms.divergence import (
 from deltasam_fairseq.algorithms.fisher import largest_mask, masked
 from deltasam_fairseq.algorithms.functional import functional_loss
 from deltasam_fairseq.algorithms.gsam import gsam_correct_
+from deltasam_fairseq.algorithms.gibbs import gibbs_factors, gibbs_reweight, largest_size
 from deltasam_fairseq.algorithms.m_sharpness import Part, groups_of
 from deltasam_fairseq.algorithms.probe import (
     PROBE,
@@ -86,6 +87,8 @@ __all__ = [
     "fill_direction_",
     "freelb_start",
     "functional_loss",
+    "gibbs_factors",
+    "gibbs_reweight",
     "global_norm",
     "groups_of",
     "gsam_correct_",
@@ -94,6 +97,7 @@ __all__ = [
     "kl",
     "largest_mask",
     "masked",
+    "largest_size",
     "move_along_",
     "multiplied_in",
     "multiplies_in_tf32",

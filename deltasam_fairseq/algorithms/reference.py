@@ -77,6 +77,20 @@ def delta_sam_reference(
     return DeltaSAMReference(a, g, r, weights, perturbation(gradient(losses, w, weights), rho))
 
 
+def rw_sam_reference(losses: Losses, w: Tensor, z: Tensor, rho: float, lambda_: float) -> Tensor:
+    """Return ``eps*`` of RW-SAM (Luo et al. 2025), shape (d,).
+
+    Args:
+        losses: see the module.
+        w: weights, shape (d,).
+        z: the probe's direction, each element +1 or -1, shape (d,).
+        rho, lambda_: see `deltasam_fairseq.algorithms.gibbs`.
+    """
+    with torch.no_grad():
+        s = (losses(w + rho * z / z.norm()) - losses(w)).abs()
+    return perturbation(gradient(losses, w, torch.softmax(lambda_ * s / s.max(), dim=0)), rho)
+
+
 def per_instance_reference(losses: Losses, w: Tensor, rho: float) -> Tensor:
     """Return ``eps_j = rho grad l_j / ||grad l_j||`` of each sentence (Zhou et al., Eq. 2).
 

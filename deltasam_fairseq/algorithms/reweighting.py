@@ -5,7 +5,7 @@ Symbols are the paper's: N sentences of one global batch, ``a`` guardedness, ``g
 normalised size, ``r`` the ratio that ``beta`` scales, ``g'`` the ascent weights.
 """
 
-from typing import NamedTuple
+from typing import NamedTuple, Optional
 
 import torch
 from torch import Tensor
@@ -18,20 +18,24 @@ class Reweighting(NamedTuple):
         weights: ``N g'_j``, shape (B,), float64. 1.0 means "as in plain SAM", exactly so where
             the weights are uniform; the sum over the global batch is N; negative where ``r`` is
             large, as in the paper.
-        r: the ratio of Eq. 5, 0-dim float64; 0 where the weights are uniform.
+        r: the ratio of Eq. 5, 0-dim float64; 0 where the weights are uniform; None for weights
+            that are not of Eq. 6.
         squares: ``sum_j g_j^2`` over this process's sentences, 0-dim float64. Added up over all
             processes, ``1 / (N squares)`` is the effective share of instances, 1/N to 1.
         n: N, sentences of the global batch, 0-dim float64.
         uniform: 0-dim bool, whether the weights are uniform because of a degenerate case.
         finite: 0-dim bool, whether all guardedness of the global batch is finite.
+        divisor: 0-dim float64, at least 1, of the size of the largest weights: gradients of the
+            weighted loss over it do not overflow in half precision where the batch loss's do not.
     """
 
     weights: Tensor
-    r: Tensor
+    r: Optional[Tensor]
     squares: Tensor
     n: Tensor
     uniform: Tensor
     finite: Tensor
+    divisor: Tensor
 
 
 def guardedness(clean: Tensor, probed: Tensor) -> Tensor:
@@ -105,4 +109,5 @@ def reweight(a: Tensor, sums: Tensor, beta: float) -> Reweighting:
     r = torch.where(uniform, torch.zeros_like(r), r)
     n_g = torch.where(uniform, torch.ones_like(a), n * a.abs() / abs_sum)
     weights = (n_g - 1) * r + 1
-    return Reweighting(weights, r, (n_g / n).square().sum(), n, uniform, finite)
+    squares = (n_g / n).square().sum()
+    return Reweighting(weights, r, squares, n, uniform, finite, r.clamp(min=1))
