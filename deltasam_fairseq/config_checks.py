@@ -15,7 +15,7 @@ from fairseq.tasks import TASK_REGISTRY, FairseqTask
 from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
 from deltasam_fairseq.criterions.sentence import check_number_of_classes
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
-from deltasam_fairseq.optim.config import check_optimizer_config
+from deltasam_fairseq.optim.config import check_optimizer_config, weights_strength
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
 
 logger = logging.getLogger(__name__)
@@ -235,7 +235,7 @@ def check_config(cfg: Any) -> None:
         return
     check_optimizer_config(cfg.optimizer)
     _check_seam(cfg, f"--optimizer {optimizer}", "each rank would perturb and step on its own")
-    if getattr(cfg.optimizer, "delta_sam_beta", 0) and cfg.optimizer.sam_rho:
+    if weights_strength(cfg.optimizer) and cfg.optimizer.sam_rho:
         _check_delta_sam(cfg, optimizer)
 
 

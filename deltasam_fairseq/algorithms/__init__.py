@@ -21,8 +21,8 @@ from deltasam_fairseq.algorithms.divergence import (
 )
 from deltasam_fairseq.algorithms.fisher import largest_mask, masked
 from deltasam_fairseq.algorithms.functional import functional_loss
-from deltasam_fairseq.algorithms.gsam import gsam_correct_
 from deltasam_fairseq.algorithms.gibbs import gibbs_factors, gibbs_reweight, largest_size
+from deltasam_fairseq.algorithms.gsam import gsam_correct_
 from deltasam_fairseq.algorithms.m_sharpness import Part, groups_of
 from deltasam_fairseq.algorithms.probe import (
     PROBE,

@@ -1,6 +1,7 @@
 """What moves the weights and orders an ascent, for fairseq's trainer and a plain PyTorch loop."""
 
 from deltasam_fairseq.core.ascent import Ascent, AscentFigures
+from deltasam_fairseq.core.gibbs import GibbsWeighting
 from deltasam_fairseq.core.gsam import GSAM
 from deltasam_fairseq.core.parts import (
     DeltaWeighting,
@@ -23,6 +24,7 @@ __all__ = [
     "AscentFigures",
     "DeltaWeighting",
     "Descent",
+    "GibbsWeighting",
     "Mask",
     "OverwrittenWeights",
     "Parts",

@@ -167,7 +167,7 @@ class Ascent:
             figures.reweighting, figures.probe_radius = found, radius
             if perturber.half_dtype is not None:
                 # eps* does not depend on the size of the weights; fp16 gradients overflow by it.
-                figures.weights_divisor = found.r.clamp(min=1)
+                figures.weights_divisor = found.divisor
             weights = (found.weights / figures.weights_divisor).split([len(x) for x in real])
             return [w if len(w) else torch.zeros_like(rise) for w, rise in zip(weights, rises)]
 

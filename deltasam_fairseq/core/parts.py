@@ -14,8 +14,8 @@ from torch.nn import Parameter
 
 from deltasam_fairseq.algorithms import Reweighting, guardedness_sums, reweight
 
-# Adds a tensor up over all processes of the ascent, in place.
-Reduce = Callable[[Tensor], None]
+# Adds a tensor up over all processes of the ascent, in place; with op="max" takes the maximum.
+Reduce = Callable[..., None]
 
 
 class Weighting:
@@ -23,9 +23,15 @@ class Weighting:
 
     Attributes:
         probes: whether the weights depend on losses at a probe, ``w + rho u / ||u||``.
+        name: of the method with these weights.
     """
 
     probes = False
+    name = "SAM"
+
+    def describe(self) -> str:
+        """Return the options of the weights with their values, for the log."""
+        return ""
 
     def shape_direction_(self, u: List[Tensor]) -> None:
         """Make the probe's direction of ``u ~ N(0, I)``, in place; here ``u`` itself."""
@@ -35,7 +41,7 @@ class Weighting:
 
         Args:
             a: rise of the losses at a probe of radius rho, shape (B,), float64; B may be 0.
-            reduce: adds a tensor up over all processes.
+            reduce: see `Reduce`.
 
         Returns:
             a `Reweighting`; its ``weights`` are ``N p_j``, 1 for a uniform one.
@@ -51,9 +57,13 @@ class DeltaWeighting(Weighting):
     """
 
     probes = True
+    name = "delta-SAM"
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
+
+    def describe(self) -> str:
+        return f"beta {self.beta:g}"
 
     def weigh(self, a: Tensor, reduce: Reduce) -> Reweighting:
         """See `reweight`; one reduction of four float64 numbers."""

@@ -73,8 +73,12 @@ class Passes(Generic[Forward]):
         """Return a context whose forward and backward reduce gradients only if ``last``."""
         return contextlib.nullcontext()
 
-    def reduce(self, sums: Tensor) -> None:
-        """Add ``sums`` up over the processes of the ascent, in place."""
+    def reduce(self, figures: Tensor, op: str = "sum") -> None:
+        """Add ``figures`` up over the processes of the ascent, in place.
+
+        Args:
+            op: ``sum``, or ``max`` for the maximum.
+        """
 
     def average_grads(self) -> None:
         """Average over processes the gradients that the backward did not average."""

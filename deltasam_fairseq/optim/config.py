@@ -11,6 +11,9 @@ from deltasam_fairseq.options import UsageError, check_options, option, require
 DEFAULT_ETA = 0.01
 SCOPES = ChoiceEnum(["global", "rank"])
 RHO_SCHEDULES = ChoiceEnum(["constant", "lr", "warmup"])
+# Of --delta-sam-weights; the option that scales them, 0 for SAM.
+_STRENGTHS = {"linear": "delta_sam_beta", "gibbs": "delta_sam_lambda"}
+WEIGHTS = ChoiceEnum(list(_STRENGTHS))
 
 
 @dataclass
@@ -125,13 +128,29 @@ class SAMConfig(FairseqDataclass):
 class DeltaSAMConfig(SAMConfig):
     """What delta-SAM asks for beside SAM's options."""
 
+    delta_sam_weights: WEIGHTS = field(  # type: ignore[valid-type]
+        default="linear",
+        metadata={
+            "help": "how a sentence's weight in the ascent rises with the change of its loss at a "
+            "random probe: linear, scaled by --delta-sam-beta (delta-SAM, Eq. 4 to 6; default), or "
+            "gibbs, a softmax scaled by --delta-sam-lambda (RW-SAM, Luo et al. 2025)"
+        },
+    )
     delta_sam_beta: float = option(
         3.0,
-        "strength of delta-SAM's reweighting of sentences in the ascent; 0: plain SAM. "
+        "strength of delta-SAM's linear reweighting of sentences in the ascent; 0: plain SAM. "
         "Paper, GLUE: 3 for the large tasks, RTE 5, MRPC 5, "
         "STS-B 10, CoLA 20 with RoBERTa large; RTE 70, MRPC, CoLA and STS-B 10 with BERT base; "
         "searched in {3, 5, 10, 20, 50, 70}",
         remedy="3 is the paper's most common value",
+        at_least=0,
+    )
+    delta_sam_lambda: float = option(
+        2.0,
+        "strength of --delta-sam-weights gibbs: the most sensitive sentence of the batch weighs "
+        "exp(lambda) times as much in the ascent as one that is not sensitive; 0: plain SAM. "
+        "2 leaves about 0.7 of the sentences in effect, as many as linear weights do, 5 about 0.2",
+        remedy="2 leaves about 0.7 of the sentences in effect",
         at_least=0,
     )
     delta_sam_probe_radius: Optional[float] = option(
@@ -176,7 +195,7 @@ _WHOLE_GRADIENT = (
     "GSAM needs the gradient of the whole batch's loss at w, for all weights; drop one"
 )
 CONFLICTS: Tuple[Conflict, ...] = (
-    Conflict("delta_sam_beta", "sam_gsam_alpha", f"{_WHOLE_GRADIENT}, or use --optimizer sam_*"),
+    Conflict("delta_sam_weights", "sam_gsam_alpha", f"{_WHOLE_GRADIENT}, or use --optimizer sam_*"),
     Conflict("sam_gsam_alpha", "sam_only", _WHOLE_GRADIENT),
     Conflict("sam_gsam_alpha", "sam_ascent_fraction", _WHOLE_GRADIENT),
     Conflict("sam_gsam_alpha", "sam_scope", _WHOLE_GRADIENT),
@@ -201,6 +220,12 @@ class Need(NamedTuple):
 _FOR_SCHEDULE = "has a meaning only for a rho that changes; add --sam-rho-schedule {} or drop it"
 NEEDS = (
     Need(
+        "delta_sam_lambda",
+        "delta_sam_weights",
+        ("gibbs",),
+        "has a meaning only for RW-SAM; add --delta-sam-weights gibbs or drop --delta-sam-lambda",
+    ),
+    Need(
         "sam_eta",
         "sam_adaptive",
         (True,),
@@ -215,10 +240,20 @@ NEEDS = (
 
 def in_force(cfg: Any, option: str) -> bool:
     """Whether an option of the configuration, by its field's name, has another than its default."""
-    if option == "delta_sam_beta":  # of delta-SAM's optimizers only, and on by default
-        return getattr(cfg, option, 0) > 0
+    if option == "delta_sam_weights":  # of delta-SAM's optimizers only, and on by default
+        return weights_strength(cfg) > 0
     default = DeltaSAMConfig.__dataclass_fields__[option].default
     return bool(getattr(cfg, option, default) != default)
+
+
+def weights_strength(cfg: Any) -> float:
+    """Return what scales the weights of the sentences in the ascent; 0 where they are uniform.
+
+    Args:
+        cfg: options of an optimizer; those without --delta-sam-weights are SAM's.
+    """
+    option = _STRENGTHS.get(str(getattr(cfg, "delta_sam_weights", None)))
+    return 0.0 if option is None else float(getattr(cfg, option))
 
 
 def _as_given(cfg: Any, option: str) -> str:

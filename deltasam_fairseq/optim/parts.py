@@ -6,12 +6,14 @@ from deltasam_fairseq.core import (
     GSAM,
     DeltaWeighting,
     Descent,
+    GibbsWeighting,
     Parts,
     Radius,
     RhoAlongLR,
     RhoWarmup,
     Weighting,
 )
+from deltasam_fairseq.optim.config import weights_strength
 
 Lr = Callable[[], float]
 
@@ -30,6 +32,12 @@ RHO_SCHEDULES: Dict[str, Callable[[Any, Lr], Radius]] = {
     ),
 }
 
+# Value of --delta-sam-weights -> weights of the sentences, from what scales them, above 0.
+WEIGHTINGS: Dict[str, Callable[[float], Weighting]] = {
+    "linear": DeltaWeighting,
+    "gibbs": GibbsWeighting,
+}
+
 
 def parts_of(cfg: Any, lr: Lr) -> Parts:
     """Return the parts that the options choose.
@@ -38,9 +46,9 @@ def parts_of(cfg: Any, lr: Lr) -> Parts:
         cfg: a `SAMConfig` or `DeltaSAMConfig`, checked, with the base optimizer's ``lr``.
         lr: returns the learning rate of the update to come.
     """
-    beta = getattr(cfg, "delta_sam_beta", 0.0)
+    strength = weights_strength(cfg)
     return Parts(
         RHO_SCHEDULES[str(cfg.sam_rho_schedule)](cfg, lr),
-        DeltaWeighting(beta) if beta else Weighting(),
+        WEIGHTINGS[str(cfg.delta_sam_weights)](strength) if strength else Weighting(),
         descent=GSAM(cfg.sam_gsam_alpha) if cfg.sam_gsam_alpha else Descent(),
     )

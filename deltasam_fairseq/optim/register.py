@@ -33,9 +33,11 @@ class SAMOptimizer(SharpnessAwareOptimizer):
     @classmethod
     def add_args(cls, parser: argparse.ArgumentParser) -> None:
         super().add_args(parser)
-        for option in ("--delta-sam-beta", "--delta-sam-probe-radius"):
+        for field in dataclasses.fields(DeltaSAMConfig):
+            if not field.name.startswith("delta_sam_"):
+                continue
             parser.add_argument(
-                option,
+                "--" + field.name.replace("_", "-"),
                 action=_OnlyForDeltaSAM,
                 default=argparse.SUPPRESS,
                 help=argparse.SUPPRESS,

@@ -52,7 +52,6 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.base = self.base_class(cfg, params)
         if isinstance(self.base, FairseqAdam):
             choose_step(self.base, getattr(cfg, "adam_step", "auto"))
-        self.beta: float = getattr(cfg, "delta_sam_beta", 0.0)
         self.start_update: int = cfg.sam_start_update
         self.per_rank: bool = cfg.sam_scope == "rank"
         self.ascent_fraction: float = cfg.sam_ascent_fraction
@@ -66,10 +65,10 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
 
     def describe(self) -> str:
         """One line for the log: what this optimizer does, with its values."""
-        core, method = self.core, "delta-SAM" if self.beta else "SAM"
+        core, weighting = self.core, self.core.parts.weighting
         parts = [core.parts.radius.describe()]
-        if self.beta:
-            parts.append(f"beta {self.beta:g}")
+        if self.reweights:
+            parts.append(weighting.describe())
         if core.eta is not None:
             parts.append(f"adaptive, eta {core.eta:g}")
         if core.parts.descent.describe():
@@ -77,7 +76,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if self.per_rank:
             parts.append("each rank from its own shard")
         if self.ascent_fraction < 1:
-            which = "the most unguarded" if self.beta else "a random"
+            which = "the most unguarded" if self.reweights else "a random"
             parts.append(f"ascent from {which} {self.ascent_fraction:g} of the sentences")
         if self.only is not None:
             parts.append(f"of weights that match {self.only}")
@@ -87,11 +86,16 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(f"from update {self.start_update} on")
         if core.half_dtype is not None:
             parts.append(f"rounded stochastically to {core.half_dtype}")
-        elif core.probe_dtype is not None and self.beta:
+        elif core.probe_dtype is not None and self.reweights:
             parts.append("probed as in float16, for products of float32 are made in TF32")
         if not core.parts.radius.rho:
-            return f"{method} with rho 0: training is plain {self.base_name}"
-        return f"{method} on {self.base_name}: " + ", ".join(parts)
+            return f"{weighting.name} with rho 0: training is plain {self.base_name}"
+        return f"{weighting.name} on {self.base_name}: " + ", ".join(parts)
+
+    @property
+    def reweights(self) -> bool:
+        """Whether the ascent weighs the sentences (delta-SAM, RW-SAM)."""
+        return self.core.parts.weighting.probes
 
     def active(self, update: int) -> bool:
         """Whether the update after ``update`` updates perturbs the weights."""

@@ -170,11 +170,11 @@ class FairseqPasses(Passes[PerSentence]):
     def no_sync_unless_last(self, last: bool) -> ContextManager[Any]:
         return self._sync.no_sync_unless_last(last)
 
-    def reduce(self, sums: Tensor) -> None:
+    def reduce(self, figures: Tensor, op: str = "sum") -> None:
         if self._sync.needed:
             with torch.autograd.profiler.record_function("sam-reduce"):
                 group = self._trainer.data_parallel_process_group
-                distributed_utils.all_reduce(sums, group=group)
+                distributed_utils.all_reduce(figures, group=group, op=op)
 
     def average_grads(self) -> None:
         if self._sync.needed:

@@ -73,7 +73,7 @@ class GradientSync:
         on demand, but pytorch_ddp's reduction in the backward is replaced here.
         """
         trainer = self._trainer
-        if hasattr(trainer.criterion, "all_reduce_grads") or not self._sam.beta:
+        if hasattr(trainer.criterion, "all_reduce_grads") or not self._sam.reweights:
             trainer.optimizer.all_reduce_grads(trainer.criterion)
             return
         world_size = trainer.data_parallel_world_size

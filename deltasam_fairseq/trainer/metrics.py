@@ -48,9 +48,10 @@ class StepMetrics:
     sam_rho              radius in force, where updates have different ones
     sam_realised         share of the ascent that survived rounding (half precision only)
     ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
-    delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1
-    delta_sam_r          the ratio r of Eq. 5
-    delta_sam_negative   share of sentences with a negative ascent weight, 0 to 1
+    delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1; of
+                         RW-SAM with p in the place of g
+    delta_sam_r          the ratio r of Eq. 5 (not of RW-SAM)
+    delta_sam_negative   share of sentences with a negative ascent weight, 0 to 1 (likewise)
     delta_sam_uniform    number of updates with uniform weights (degenerate cases)
     delta_sam_radius     radius of the probe (half precision only)
     ==================== ==================================================================
@@ -232,8 +233,9 @@ class StepMetrics:
             metrics.log_scalar("delta_sam_radius", found.probe_radius, priority=25, round=3)
         n = sums[_SENTENCES]
         metrics.log_scalar("delta_sam_effective", n / sums[_SQUARES], priority=22, round=3)
-        metrics.log_scalar("delta_sam_r", reweighting.r, priority=23, round=3)
-        metrics.log_scalar("delta_sam_negative", sums[_NEGATIVE] / n, priority=24, round=3)
+        if reweighting.r is not None:
+            metrics.log_scalar("delta_sam_r", reweighting.r, priority=23, round=3)
+            metrics.log_scalar("delta_sam_negative", sums[_NEGATIVE] / n, priority=24, round=3)
         uniform = reweighting.uniform.double()
         metrics.log_scalar_sum("delta_sam_uniform", uniform, priority=25, round=0)
 

@@ -339,7 +339,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         with fitting_to_data(self._data_record, not reset_optimizer, store_ema):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         sam = sharpness_aware(self.optimizer)
-        drop_meters_of_ascent(sam is not None, sam is not None and sam.beta > 0)
+        drop_meters_of_ascent(sam is not None, sam is not None and sam.reweights)
         if not reset_optimizer:
             load_extra_checkpoint_state(self, extra_state or {})
         return extra_state

@@ -7,8 +7,9 @@ from deltasam_fairseq.options import UsageError
 
 # A value of every option of the tables, other than its default, and what it needs itself.
 GIVEN = {
-    "delta_sam_beta": {"delta_sam_beta": 5.0},
+    "delta_sam_weights": {"delta_sam_weights": "linear", "delta_sam_beta": 3.0},
     "sam_ascent_fraction": {"sam_ascent_fraction": 0.5},
+    "delta_sam_lambda": {"delta_sam_lambda": 1.0, "delta_sam_weights": "gibbs"},
     "sam_eta": {"sam_eta": 0.1, "sam_adaptive": True},
     "sam_gsam_alpha": {"sam_gsam_alpha": 0.4, "delta_sam_beta": 0.0},
     "sam_only": {"sam_only": "layer_norm"},
