@@ -10,6 +10,7 @@ from deltasam_fairseq.algorithms.reference import (
     asam_reference,
     delta_sam_reference,
     gradient,
+    rw_sam_reference,
     sam_reference,
 )
 from tests.helpers import tiny
@@ -20,7 +21,7 @@ try:
 except ImportError:  # torch < 2.0
     from torch.nn.utils.stateless import functional_call
 
-RHO, BETA, ETA, SEED = 0.05, 3.0, 0.01, 3
+RHO, BETA, ETA, LAMBDA, SEED = 0.05, 3.0, 0.01, 2.0, 3
 FLOAT64 = ["--criterion", "float64_sentence_prediction"]
 NO_DROPOUT = ["--dropout", "0", "--attention-dropout", "0"]
 
@@ -73,6 +74,8 @@ class Twin:
             return sam_reference(losses, self.w, RHO)
         if self.ascent == "asam":
             return asam_reference(losses, self.w, RHO, ETA)
+        if self.ascent == "rw_sam":
+            return rw_sam_reference(losses, self.w, self.direction().sign(), RHO, LAMBDA)
         return delta_sam_reference(losses, self.w, self.direction(), RHO, BETA).eps
 
     def gradient(self, samples):

@@ -14,6 +14,7 @@ from tests.helpers.twin import Twin, trainer_of
         ("sam", "sam_adam", []),
         ("asam", "sam_adam", ["--sam-adaptive"]),
         ("delta_sam", "delta_sam_adam", []),
+        ("rw_sam", "delta_sam_adam", ["--delta-sam-weights", "gibbs"]),
     ],
 )
 @pytest.mark.parametrize("update_freq", [1, 2])

@@ -9,7 +9,6 @@ import pytest
 import torch
 from fairseq import checkpoint_utils
 
-from deltasam_fairseq.core import parts
 from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
 from deltasam_fairseq.optim import masters_of, sharpness_aware
 from tests.helpers import gpu, tiny
@@ -239,20 +238,28 @@ def test_overflow_of_every_retry_is_counted_once(classification, tmp_path, mode)
 
 @in_all_modes
 @pytest.mark.parametrize(
-    "micro_batches, more", [(1, []), (2, []), (1, ["--sam-ascent-fraction", "0.5"])]
+    "micro_batches, more",
+    [
+        (1, []),
+        (2, []),
+        (1, ["--sam-ascent-fraction", "0.5"]),
+        (1, ["--delta-sam-weights", "gibbs"]),
+        (2, ["--delta-sam-weights", "gibbs"]),
+    ],
 )
 def test_guardedness_in_an_update(classification, tmp_path, monkeypatch, mode, micro_batches, more):
     """As the trainer finds it, against float32, with random weights of a tiny model."""
-    found, reweight = [], parts.reweight
-
-    def spied(a, *args):
-        found.append(a)
-        return reweight(a, *args)
-
-    monkeypatch.setattr(parts, "reweight", spied)
+    found = []
     for options in (MODES[mode], []):
         argv = tiny.arguments(classification, tmp_path, "--optimizer", "delta_sam_adam", *options)
         trainer = tiny.build_trainer([*argv, "--dropout", "0.1", *more])
+        weighting = sharpness_aware(trainer.optimizer).core.parts.weighting
+
+        def spied(a, reduce, weigh=weighting.weigh):
+            found.append(a)
+            return weigh(a, reduce)
+
+        monkeypatch.setattr(weighting, "weigh", spied)
         trainer.train_step(tiny.batches(trainer)[:micro_batches])
     half, exact = found
     assert half.shape == exact.shape == (8 * micro_batches,)
