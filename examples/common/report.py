@@ -107,8 +107,8 @@ def in_short(runs: Sequence[Dict[str, Any]], metric: str) -> str:
 
 
 def draw(runs: Sequence[Dict[str, Any]], metric: str, path: Path) -> None:
-    """Draw over epochs the metric, the sharpness that the training logged, and what was learnt of
-    right and of wrong labels, or else the losses.
+    """Draw over epochs, as mean and range of the seeds: the metric, the sharpness that the training
+    logged, and what was learnt of right and of wrong labels, or else the losses.
     """
     from matplotlib.figure import Figure
 
@@ -126,17 +126,18 @@ def draw(runs: Sequence[Dict[str, Any]], metric: str, path: Path) -> None:
     figure = Figure(figsize=(12, 3.2), layout="constrained")
     colours = {name: f"C{i}" for i, name in enumerate(dict.fromkeys(r["method"] for r in runs))}
     for axes, (key, title) in zip(figure.subplots(1, len(panels)), panels.items()):
-        lines = {}
-        for run in runs:
-            points = [(epoch["epoch"], epoch[key]) for epoch in run["epochs"] if key in epoch]
-            if points:
-                method = run["method"]
-                lines[method] = axes.plot(*zip(*points), "o-", ms=3, color=colours[method])[0]
+        for method, colour in colours.items():
+            found = [run["epochs"] for run in runs if run["method"] == method]
+            points = [{e["epoch"]: e[key] for e in epochs if key in e} for epochs in found]
+            seeds = pd.DataFrame(points).sort_index(axis=1)
+            if seeds.size:
+                axes.plot(seeds.columns, seeds.mean(), "o-", ms=3, color=colour, label=method)
+                axes.fill_between(seeds.columns, seeds.min(), seeds.max(), color=colour, alpha=0.15)
         axes.set_title(title, fontsize=10)
         axes.set_xlabel("epoch")
         axes.grid(alpha=0.3)
-        if lines:
-            axes.legend(list(lines.values()), list(lines), fontsize=7)
+        if axes.lines:
+            axes.legend(fontsize=7)
     figure.savefig(path, dpi=130)
 
 

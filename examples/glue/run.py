@@ -114,9 +114,8 @@ def common_options(program: str, description: str) -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     add(
         "--bpe",
-        default="gpt2",
         choices=("gpt2", "sentencepiece", "wordpiece"),
-        help="for --glue-dir",
+        help="for --glue-dir (default: wordpiece where vocab.txt is beside --dict, else gpt2)",
     )
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
     add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of glue.prepare")
@@ -216,6 +215,10 @@ def check_common(args: argparse.Namespace) -> Optional[str]:
         return f"--checkpoint {args.checkpoint}: no such file; give fairseq's model.pt"
     if args.glue_dir is not None and not args.dict.is_file():
         return f"--dict {args.dict}: no such file; give the dict.txt of the checkpoint"
+    vocabulary = args.dict.parent / "vocab.txt"
+    args.bpe = args.bpe or ("wordpiece" if vocabulary.is_file() else "gpt2")
+    if args.bpe == "wordpiece" and not any("wordpiece-vocab" in o for o in args.bpe_options):
+        args.bpe_options = [*args.bpe_options, f"wordpiece-vocab={vocabulary}"]
     own = [task for task in args.tasks if task not in GLUE]
     changes = [args.train_rows, args.label_noise, args.task_columns]
     if args.glue_dir is None and any(value is not None for value in changes):
@@ -347,13 +350,13 @@ def parts_overrides(args: argparse.Namespace, task: str) -> List[str]:
     """Return the override that also validates on the training rows with right and with wrong
     labels, where labels were replaced; else none.
     """
-    if args.glue_dir is not None:
-        wrong, splits = args.label_noise, TASKS[task].splits() if task in GLUE else ["valid"]
+    if args.glue_dir is None:
+        splits = list(entries_of(args.data / task))
     else:
-        splits = entries_of(args.data / task)
-        wrong = set(PARTS) <= set(splits)
-    valid = [split for split in splits if split.startswith("valid")]
-    return [f"dataset.valid_subset='{','.join([*valid, *PARTS])}'"] if wrong else []
+        splits = list(TASKS[task].splits()) if task in GLUE else ["valid"]
+        splits += PARTS if args.label_noise else ()
+    valid = [split for split in splits if split.startswith("valid") or split in PARTS]
+    return [f"dataset.valid_subset='{','.join(valid)}'"] if set(PARTS) <= set(valid) else []
 
 
 def preparation(args: argparse.Namespace, held_out: Optional[float] = None) -> List[Stage]:

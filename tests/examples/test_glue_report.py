@@ -608,6 +608,7 @@ def test_the_papers_figures_are_marked(five, tmp_path):
     assert "They are readings, not quotations" in text
     theirs = r"\| \*delta_sam \(paper, table 1, RoBERTa large\)\* +\| 71\.9 +\| 88\.8 +\| 90\.1 "
     assert re.search(theirs, text)
+    assert re.search(r"\| \*sam \(paper, table 4, BERT base\)\* +\| 25 ", text)
     theirs = r"\| \*delta_sam \(paper, its text: 18 % more than SAM\)\* +\|( – +\|){2} 1\.18 "
     assert re.search(theirs, text)
 

@@ -411,7 +411,7 @@ class TestOwnTask:
         assert wrong is None
         (encode,) = glue_run.preparation(args)
         given = " ".join(encode.command)
-        assert "--columns sentence label" in given
+        assert "--columns sentence label" in given and "--bpe gpt2" in given
         assert "--noise-seed 7 --train-rows 30 --label-noise 0.4" in given
         command = glue_run.training(args, "MINE", "sam", [], 1, 0).command
         for word in (
@@ -419,6 +419,14 @@ class TestOwnTask:
             *("lr_scheduler.total_num_update=20", "lr_scheduler.warmup_updates=1"),
         ):
             assert word in command
+
+    def test_a_vocabulary_beside_the_dictionary_is_wordpiece(self, tmp_path):
+        (tmp_path / "vocab.txt").touch()
+        args, wrong = self.args(tmp_path, "--task-columns", "1", "2")
+        assert wrong is None
+        (encode,) = glue_run.preparation(args)
+        found = f"--bpe wordpiece --wordpiece-vocab {tmp_path / 'vocab.txt'}"
+        assert found in " ".join(encode.command)
 
     @pytest.mark.parametrize(
         "more, expected",

@@ -106,7 +106,7 @@ def _paper_rows(report: Report, statistic: str) -> List[List[str]]:
     rows = []
     for entry in report.paper.get("entries", ()):
         if entry["statistic"] == statistic and set(entry["scores"]) & set(report.columns()):
-            digits = 2 if statistic == "time" else 1
+            digits = {"time": 2, "minutes": 0}.get(statistic, 1)
             scores = [number(entry["scores"].get(task), digits) for task in report.columns()]
             rows.append([f"*{entry['method']} (paper, {entry['where']})*", *scores])
     return rows
@@ -146,6 +146,12 @@ def times(report: Report) -> str:
     ]
     caption = f"Seconds an update, {report.time_baseline} = 1.00"
     return table(caption, ["method", *report.columns()], rows + _paper_rows(report, "time"))
+
+
+def paper_minutes(report: Report) -> str:
+    """Return the paper's table of minutes a training; of ours only the ratios are comparable."""
+    head = ["method", *report.columns()]
+    return table("Minutes of a training in the paper", head, _paper_rows(report, "minutes"))
 
 
 def timings(report: Report) -> str:
@@ -438,6 +444,7 @@ def context(report: Report) -> Dict[str, Any]:
         "times": times(report) if report.time_baseline else "",
         "timings": timings(report),
         "paper": report.paper,
+        "paper_minutes": paper_minutes(report),
         "uncounted": uncounted(report),
         "made": [how_made(report, task) for task in runs.tasks],
         "versions": versions(),
