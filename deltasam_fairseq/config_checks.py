@@ -12,7 +12,11 @@ from fairseq.optim import OPTIMIZER_REGISTRY
 from fairseq.optim.lr_scheduler import LR_SCHEDULER_REGISTRY
 from fairseq.tasks import TASK_REGISTRY, FairseqTask
 
-from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
+from deltasam_fairseq.criterions import (
+    RegularisedCriterion,
+    has_loss_of_output,
+    has_per_sentence_losses,
+)
 from deltasam_fairseq.criterions.sentence import check_number_of_classes
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
 from deltasam_fairseq.optim.config import check_optimizer_config, weights_strength
@@ -64,12 +68,38 @@ def _check_delta_sam(cfg: Any, optimizer: str) -> None:
             f"needs; use --optimizer {sam}, or give the criterion a method "
             "per_sentence_losses(model, sample) (see docs/algorithm.md)"
         )
+    unseen = f"--optimizer {optimizer} cannot see per-sentence losses; use --optimizer {sam}"
+    _check_task_steps(cfg, unseen)
+
+
+def _check_task_steps(cfg: Any, unseen: str) -> None:
+    """Refuse a task that calls the criterion in a way of its own.
+
+    Args:
+        unseen: the end of the error, from the option that needs the criterion's calls.
+    """
     task = _name(cfg.task)
     if task in TASK_REGISTRY and TASK_REGISTRY[task].train_step is not FairseqTask.train_step:
         raise ValueError(
-            f"--task {task} trains in a way of its own (it overrides train_step), in which "
-            f"--optimizer {optimizer} cannot see per-sentence losses; use --optimizer {sam}"
+            f"--task {task} trains in a way of its own (it overrides train_step), in which {unseen}"
         )
+
+
+def _check_outputs(cfg: Any, asked: str) -> None:
+    """Require a loss of the model's output alone, in one call a micro-batch.
+
+    Args:
+        asked: the option that needs it.
+    """
+    criterion = _name(cfg.criterion)
+    if criterion in CRITERION_REGISTRY and not has_loss_of_output(CRITERION_REGISTRY[criterion]):
+        raise ValueError(
+            f"--criterion {criterion} cannot be combined with {asked}: its loss is not "
+            f"known to be a function of the model's output alone; drop {asked}, use "
+            "another criterion such as plain, or, if it is one, say so by an attribute of its "
+            "class, loss_of_output = True"
+        )
+    _check_task_steps(cfg, f"{asked} cannot see the outputs; drop it")
 
 
 def _drops_other_layers(cfg: Any, regulariser: Any) -> bool:
@@ -237,6 +267,15 @@ def check_config(cfg: Any) -> None:
     _check_seam(cfg, f"--optimizer {optimizer}", "each rank would perturb and step on its own")
     if weights_strength(cfg.optimizer) and cfg.optimizer.sam_rho:
         _check_delta_sam(cfg, optimizer)
+    if cfg.optimizer.sam_mask != "none" and getattr(cfg.model, "checkpoint_activations", False):
+        raise ValueError(
+            "--checkpoint-activations cannot be combined with --sam-mask: torch cannot take the "
+            "gradients of single sentences through it; drop one of the two"
+        )
+    if cfg.optimizer.sam_functional:
+        _check_outputs(cfg, "--sam-functional")
+    if cfg.optimizer.sam_radius == "trust_region":
+        _check_outputs(cfg, "--sam-radius trust_region")
 
 
 def drops_sentences(multiple: int) -> bool:

@@ -28,6 +28,7 @@ from deltasam_fairseq.algorithms.probe import (
     PROBE,
     ROUNDING,
     SENTENCES,
+    TRUST_REGION,
     direction_sum,
     directions,
     draw_direction_,
@@ -62,7 +63,7 @@ from deltasam_fairseq.algorithms.sam import (
     move_along_,
     sam_ascent_,
 )
-from deltasam_fairseq.algorithms.trust_region import trust_region_sums
+from deltasam_fairseq.algorithms.trust_region import trust_region_radius, trust_region_sums
 
 __all__ = [
     "OPERATIONS",
@@ -70,6 +71,7 @@ __all__ = [
     "ROUNDING",
     "SENTENCES",
     "STRATEGIES",
+    "TRUST_REGION",
     "Kernels",
     "Part",
     "Perturbation",
@@ -116,6 +118,7 @@ __all__ = [
     "squared_difference",
     "sum_tokens",
     "symmetric_kl",
+    "trust_region_radius",
     "trust_region_sums",
     "unit_roundoff",
     "update_generator",

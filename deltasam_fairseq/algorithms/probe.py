@@ -9,7 +9,7 @@ from torch import Tensor
 from deltasam_fairseq.algorithms.rounding import unit_roundoff
 from deltasam_fairseq.algorithms.sam import global_norm
 
-PROBE, ROUNDING, SENTENCES = 0, 1, 2
+PROBE, ROUNDING, SENTENCES, TRUST_REGION = 0, 1, 2, 3
 
 PIECE = 1 << 20  # numbers of a direction that one thread draws at a time
 
@@ -36,7 +36,8 @@ def update_generator(
     Args:
         seed: the run's seed.
         update: number of updates done.
-        use: of the numbers within an update: `PROBE`, `ROUNDING`, `SENTENCES`.
+        use: of the numbers within an update: `PROBE`, `ROUNDING`, `SENTENCES`,
+            `TRUST_REGION`.
         device: where the numbers are drawn.
         rank: of this process if each draws its own numbers; 0 if all draw the same.
 

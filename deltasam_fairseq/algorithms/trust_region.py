@@ -44,3 +44,8 @@ def trust_region_sums(
         divergence = divergence[counted]
     n = torch.tensor(divergence.numel(), dtype=torch.float64, device=divergence.device)
     return torch.stack([divergence.double().sum(), n])
+
+
+def trust_region_radius(sums: Tensor) -> Tensor:
+    """Return d of the sums over all processes, 0-dim float64; 0 where nothing was predicted."""
+    return sums[0] / sums[1].clamp(min=1)

@@ -31,6 +31,7 @@ class AscentFigures:
         weights_divisor: by which the backward divided the sentences' weights.
         gnorm: norm of the summed ascent gradient, without loss scale.
         realised: share of the ascent that survived rounding, None without rounding.
+        mask_share: share of the weights that moved, where a mask chooses them.
         rho: in force, where it is not the same in every update.
     """
 
@@ -39,6 +40,7 @@ class AscentFigures:
     weights_divisor: Union[float, Tensor] = 1.0
     gnorm: Tensor = field(init=False)
     realised: Optional[Tensor] = None
+    mask_share: Optional[Tensor] = None
     rho: Optional[Union[float, Tensor]] = None
 
 
@@ -63,15 +65,17 @@ class Ascent:
         """
         perturber, params = self._perturber, self._parameters()
         parts, figures = perturber.parts, AscentFigures()
-        perturber.rho = parts.radius.in_force(update, passes)
         with passes.freeze_others():
+            parts.mask.begin(update, passes, params)
             if parts.weighting.probes:
                 self._backward_weighted(passes, (seed, update), figures)
             else:
                 self._backward_uniform(passes)
         passes.average_grads()
         parts.descent.keep(params, figures.weights_divisor)
+        perturber.rho = parts.radius.in_force(update, passes)
         ascent = perturber.ascend(params, seed, update)
+        figures.mask_share = parts.mask.share
         figures.rho = perturber.rho if parts.radius.varies else None
         figures.gnorm = ascent.norm * figures.weights_divisor / passes.scale
         figures.realised = ascent.realised if perturber.half_dtype is not None else None

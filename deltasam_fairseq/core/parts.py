@@ -7,7 +7,7 @@ rho (`Radius`), the weights that move (`Mask`), the gradient of the step (`Desce
 """
 
 from dataclasses import dataclass, field
-from typing import Any, Callable, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Union
 
 from torch import Tensor
 from torch.nn import Parameter
@@ -80,9 +80,11 @@ class Radius:
 
     Attributes:
         varies: whether updates have other radii, which the log then has.
+        needs_outputs: whether `in_force` compares outputs, see `Passes.divergence`.
     """
 
     varies = False
+    needs_outputs = False
 
     def __init__(self, rho: float) -> None:
         self.rho = rho
@@ -96,7 +98,7 @@ class Radius:
         return f"rho {self.rho:g}"
 
     def in_force(self, update: int, passes: Any) -> Union[float, Tensor]:
-        """Return rho of one ascent, a number or 0-dim tensor.
+        """Return rho of one ascent, a number or 0-dim tensor; called once its gradient is there.
 
         Args:
             update: number of updates done.
@@ -106,7 +108,33 @@ class Radius:
 
 
 class Mask:
-    """Which elements of the weights the ascent moves; here all."""
+    """Which elements of the weights the ascent moves; here all.
+
+    Attributes:
+        share: of the perturbed weights that moves, 0-dim; None where it is not to be logged.
+    """
+
+    share: Optional[Tensor] = None
+
+    def begin(self, update: int, passes: Any, params: Sequence[Parameter]) -> None:
+        """Get ready for the ascent of an update, at w; leaves no gradient in ``p.grad``.
+
+        Args:
+            update: number of updates done.
+            passes: the ascent's `deltasam_fairseq.core.passes.Passes`.
+            params: the perturbed weights.
+        """
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what a resumed run needs; tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Put a `state_dict` back."""
+
+    def describe(self) -> str:
+        """Return a few words for the log, none for SAM."""
+        return ""
 
     def masked(self, params: Sequence[Parameter], grads: List[Tensor]) -> List[Tensor]:
         """Return what the ascent moves ``params`` along, whose norm counts; here ``grads``."""
@@ -118,9 +146,12 @@ class Descent:
 
     Attributes:
         corrects: whether `correct_` does anything.
+        along_outputs: whether the step's gradient is ``J_z(w + eps*)^T dL/dz(w)``, z the model's
+            outputs (functional SAM); the training loop keeps ``dL/dz``.
     """
 
     corrects = False
+    along_outputs = False
 
     def keep(self, params: Sequence[Parameter], divisor: Union[float, Tensor]) -> None:
         """Take note of the ascent's reduced gradient, in ``p.grad``, before the weights move.

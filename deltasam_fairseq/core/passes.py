@@ -17,6 +17,7 @@ class Passes(Generic[Forward]):
     Attributes:
         count: number of micro-batches, the same on every process.
         partial: whether `chosen` takes some of the sentences only.
+        per_sentence: whether `forward` has a loss of every sentence.
         scale: ``p.grad`` after `average_grads` is the gradient of the loss summed over all
             sentences of all processes, times this: the loss scale, over the number of processes
             where gradients are averaged.
@@ -24,6 +25,7 @@ class Passes(Generic[Forward]):
 
     count: int
     partial = False
+    per_sentence = False
     scale: Union[float, Tensor] = 1.0
 
     def replay(self) -> None:
@@ -44,6 +46,19 @@ class Passes(Generic[Forward]):
 
     def losses(self, forward: Forward) -> Tensor:
         """Return the losses of the sentences of a `forward`, shape (B,)."""
+        raise NotImplementedError
+
+    def divergence(self, i: int, sigma: float) -> Tensor:
+        """Return how far noise on the inputs of micro-batch ``i`` moves the outputs at w.
+
+        The clean outputs are those of the last `forward` or `backward_batch_loss`.
+
+        Args:
+            sigma: standard deviation of the noise.
+
+        Returns:
+            sum over predictions and their number, shape (2,); see `trust_region_sums`.
+        """
         raise NotImplementedError
 
     def chosen(self, weights: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ seq2seq_r3f, seq2seq_r_drop and seq2seq_distill.
 from deltasam_fairseq.criterions.base import RegularisedCriterion
 from deltasam_fairseq.criterions.distill import DistillCriterion, Seq2SeqDistillCriterion
 from deltasam_fairseq.criterions.freelb import FreeLBCriterion
+from deltasam_fairseq.criterions.outputs import OutputsAtW, has_loss_of_output
 from deltasam_fairseq.criterions.per_sentence import (
     PerSentence,
     has_per_sentence_losses,
@@ -23,6 +24,7 @@ from deltasam_fairseq.criterions.vat import VATCriterion
 __all__ = [
     "DistillCriterion",
     "FreeLBCriterion",
+    "OutputsAtW",
     "PerSentence",
     "PlainCriterion",
     "R3FCriterion",
@@ -33,6 +35,7 @@ __all__ = [
     "Seq2SeqR3FCriterion",
     "Seq2SeqRDropCriterion",
     "VATCriterion",
+    "has_loss_of_output",
     "has_per_sentence_losses",
     "per_sentence_losses",
     "require_replay",

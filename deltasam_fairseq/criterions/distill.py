@@ -171,6 +171,7 @@ class DistillCriterion(_AgreementMetrics, SentenceCriterion):
 
     regulariser_class = Distill
     config_class = DistillConfig
+    loss_of_output = True
 
 
 @register_criterion("seq2seq_distill", dataclass=Seq2SeqDistillConfig)
@@ -179,3 +180,4 @@ class Seq2SeqDistillCriterion(_AgreementMetrics, Seq2SeqCriterion):
 
     regulariser_class = Distill
     config_class = Seq2SeqDistillConfig
+    loss_of_output = True

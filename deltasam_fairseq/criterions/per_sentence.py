@@ -47,15 +47,16 @@ class PerSentence(NamedTuple):
     logging_output: Dict[str, Any]
 
 
-def _detached(output: Any) -> Any:
+def detached(output: Any) -> Any:
+    """Return a model's output with all of its tensors detached."""
     if torch.is_tensor(output):
         return output.detach()
     if hasattr(output, "_fields"):  # a NamedTuple
-        return type(output)(*map(_detached, output))
+        return type(output)(*map(detached, output))
     if isinstance(output, (tuple, list)):
-        return type(output)(_detached(o) for o in output)
+        return type(output)(detached(o) for o in output)
     if isinstance(output, dict):
-        return {k: _detached(v) for k, v in output.items()}
+        return {k: detached(v) for k, v in output.items()}
     return output
 
 
@@ -73,7 +74,7 @@ class _RecordingModel:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         output = self._model(*args, **kwargs)
         self.outputs.append(output)
-        return _detached(output)
+        return detached(output)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)

@@ -31,3 +31,4 @@ class PlainCriterion(SentenceCriterion):
 
     regulariser_class = NoRegulariser
     config_class = PlainConfig
+    loss_of_output = True

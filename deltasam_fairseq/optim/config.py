@@ -10,6 +10,10 @@ from deltasam_fairseq.options import UsageError, check_options, option, require
 
 DEFAULT_ETA = 0.01
 SCOPES = ChoiceEnum(["global", "rank"])
+RADII = ChoiceEnum(["rho", "trust_region"])
+DEFAULT_SIGMA = 1e-5
+MASKS = ChoiceEnum(["none", "fisher"])
+DEFAULT_MASK_SHARE, DEFAULT_MASK_EVERY = 0.1, 100
 RHO_SCHEDULES = ChoiceEnum(["constant", "lr", "warmup"])
 # Of --delta-sam-weights; the option that scales them, 0 for SAM.
 _STRENGTHS = {"linear": "delta_sam_beta", "gibbs": "delta_sam_lambda"}
@@ -122,6 +126,53 @@ class SAMConfig(FairseqDataclass):
         remedy="0.1 to 0.6 are usual",
         at_least=0,
     )
+    sam_radius: RADII = field(  # type: ignore[valid-type]
+        default="rho",
+        metadata={
+            "help": "trust_region (TRAM-x, Sherborne et al. 2024): eps* = d w^2 g / ||w g||, with "
+            "d, in place of rho, the mean KL divergence of the outputs of noised inputs from those "
+            "of clean ones; for the criterions of --sam-functional, models with word embeddings"
+        },
+    )
+    sam_trust_sigma: float = option(
+        DEFAULT_SIGMA,
+        "standard deviation of the noise of --sam-radius trust_region on word embeddings, in units "
+        "of their entries; R3F, whose noise it is: 1e-5",
+        remedy=f"R3F uses {DEFAULT_SIGMA:g}",
+        at_least=0,
+    )
+    sam_mask: MASKS = field(  # type: ignore[valid-type]
+        default="none",
+        metadata={
+            "help": "fisher (FSAM, Zhong et al. 2022): the ascent moves only the weights with the "
+            "largest squared gradients: those of single sentences where the criterion has their "
+            "losses, else of the batch; rho is the length of what moves"
+        },
+    )
+    sam_mask_share: float = option(
+        DEFAULT_MASK_SHARE,
+        "share of the weights that --sam-mask fisher lets move; Mi et al. 2022, whose mask is the "
+        "same: 0.02 to 0.5",
+        remedy="it is a share of the weights",
+        above=0,
+        at_most=1,
+    )
+    sam_mask_every: int = option(
+        DEFAULT_MASK_EVERY,
+        "updates after which --sam-mask fisher is renewed, by as many backward passes as the batch "
+        "has sentences",
+        remedy="1 renews the mask in every update",
+        at_least=1,
+    )
+    sam_functional: bool = field(
+        default=False,
+        metadata={
+            "help": "functional SAM (Singh et al. 2025): the gradient at w + eps* keeps the "
+            "gradients of the outputs that were found at w. For sentence_prediction, plain, "
+            "sentence_ranking, masked_lm, cross_entropy, label_smoothed_cross_entropy, distill, "
+            "span_prediction"
+        },
+    )
 
 
 @dataclass
@@ -194,11 +245,27 @@ class Conflict(NamedTuple):
 _WHOLE_GRADIENT = (
     "GSAM needs the gradient of the whole batch's loss at w, for all weights; drop one"
 )
+_NO_RHO = "a trust region takes the place of rho; drop one"
 CONFLICTS: Tuple[Conflict, ...] = (
     Conflict("delta_sam_weights", "sam_gsam_alpha", f"{_WHOLE_GRADIENT}, or use --optimizer sam_*"),
     Conflict("sam_gsam_alpha", "sam_only", _WHOLE_GRADIENT),
     Conflict("sam_gsam_alpha", "sam_ascent_fraction", _WHOLE_GRADIENT),
     Conflict("sam_gsam_alpha", "sam_scope", _WHOLE_GRADIENT),
+    Conflict("sam_radius", "sam_rho", _NO_RHO),
+    Conflict("sam_radius", "sam_rho_schedule", _NO_RHO),
+    Conflict("sam_radius", "sam_adaptive", "a trust region is adaptive already; drop one"),
+    Conflict(
+        "sam_radius",
+        "sam_ascent_fraction",
+        "a trust region needs the outputs of all sentences at w; drop one",
+    ),
+    Conflict("sam_mask", "sam_scope", "each rank would have a mask of its own; drop one"),
+    Conflict("sam_functional", "sam_gsam_alpha", "both change the gradient of the step; drop one"),
+    Conflict(
+        "sam_functional",
+        "sam_ascent_fraction",
+        "functional SAM needs the outputs of all sentences at w; drop one",
+    ),
 )
 
 
@@ -217,6 +284,7 @@ class Need(NamedTuple):
     remedy: str
 
 
+_FOR_MASK = "has a meaning only for a mask; add --sam-mask fisher or drop it"
 _FOR_SCHEDULE = "has a meaning only for a rho that changes; add --sam-rho-schedule {} or drop it"
 NEEDS = (
     Need(
@@ -231,6 +299,14 @@ NEEDS = (
         (True,),
         "has a meaning only for ASAM; add --sam-adaptive or drop --sam-eta",
     ),
+    Need(
+        "sam_trust_sigma",
+        "sam_radius",
+        ("trust_region",),
+        "has a meaning only for a trust region; add --sam-radius trust_region or drop it",
+    ),
+    Need("sam_mask_share", "sam_mask", ("fisher",), _FOR_MASK),
+    Need("sam_mask_every", "sam_mask", ("fisher",), _FOR_MASK),
     Need("sam_rho_min", "sam_rho_schedule", ("lr", "warmup"), _FOR_SCHEDULE.format("lr or warmup")),
     Need("sam_rho_lr_min", "sam_rho_schedule", ("lr",), _FOR_SCHEDULE.format("lr")),
     Need("sam_rho_lr_max", "sam_rho_schedule", ("lr",), _FOR_SCHEDULE.format("lr")),

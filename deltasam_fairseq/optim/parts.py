@@ -1,16 +1,20 @@
 """Choose the parts of a method (`deltasam_fairseq.core.parts`) by its options."""
 
-from typing import Any, Callable, Dict
+from typing import Any, Callable, Dict, Optional
 
 from deltasam_fairseq.core import (
     GSAM,
     DeltaWeighting,
     Descent,
+    FisherMask,
+    Functional,
     GibbsWeighting,
+    Mask,
     Parts,
     Radius,
     RhoAlongLR,
     RhoWarmup,
+    TrustRegion,
     Weighting,
 )
 from deltasam_fairseq.optim.config import weights_strength
@@ -38,6 +42,24 @@ WEIGHTINGS: Dict[str, Callable[[float], Weighting]] = {
     "gibbs": GibbsWeighting,
 }
 
+# Value of --sam-radius -> radius, likewise.
+RADII: Dict[str, Callable[[Any, Lr], Radius]] = {
+    "rho": lambda cfg, lr: RHO_SCHEDULES[str(cfg.sam_rho_schedule)](cfg, lr),
+    "trust_region": lambda cfg, lr: TrustRegion(cfg.sam_rho, cfg.sam_trust_sigma),
+}
+
+# Value of --sam-mask -> mask.
+MASKS: Dict[str, Callable[[Any], Mask]] = {
+    "none": lambda cfg: Mask(),
+    "fisher": lambda cfg: FisherMask(cfg.sam_mask_share, cfg.sam_mask_every),
+}
+
+
+def _descent(cfg: Any) -> Descent:
+    if cfg.sam_functional:
+        return Functional()
+    return GSAM(cfg.sam_gsam_alpha) if cfg.sam_gsam_alpha else Descent()
+
 
 def parts_of(cfg: Any, lr: Lr) -> Parts:
     """Return the parts that the options choose.
@@ -48,7 +70,15 @@ def parts_of(cfg: Any, lr: Lr) -> Parts:
     """
     strength = weights_strength(cfg)
     return Parts(
-        RHO_SCHEDULES[str(cfg.sam_rho_schedule)](cfg, lr),
+        RADII[str(cfg.sam_radius)](cfg, lr),
         WEIGHTINGS[str(cfg.delta_sam_weights)](strength) if strength else Weighting(),
-        descent=GSAM(cfg.sam_gsam_alpha) if cfg.sam_gsam_alpha else Descent(),
+        MASKS[str(cfg.sam_mask)](cfg),
+        _descent(cfg),
     )
+
+
+def eta_of(cfg: Any) -> Optional[float]:
+    """Return eta of ASAM, 0 for TRAM's ``T = |w|``; None for SAM."""
+    if str(cfg.sam_radius) == "trust_region":
+        return 0.0
+    return cfg.sam_eta if cfg.sam_adaptive else None

@@ -11,7 +11,7 @@ from torch.nn import Parameter
 from deltasam_fairseq.core import OverwrittenWeights, Perturber
 from deltasam_fairseq.optim.adam import choose_step
 from deltasam_fairseq.optim.config import check_optimizer_config
-from deltasam_fairseq.optim.parts import parts_of
+from deltasam_fairseq.optim.parts import eta_of, parts_of
 
 # Key of a checkpoint's optimizer state that holds float32 weights. It is not with the keys in
 # trainer/checkpoint_state.py because optim may not import the trainer.
@@ -59,7 +59,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.only: Optional[str] = cfg.sam_only
         self.core = Perturber(
             parts_of(cfg, self.get_lr),
-            eta=cfg.sam_eta if cfg.sam_adaptive else None,
+            eta=eta_of(cfg),
             probe_radius=getattr(cfg, "delta_sam_probe_radius", None),
         )
 
@@ -71,8 +71,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
             parts.append(weighting.describe())
         if core.eta is not None:
             parts.append(f"adaptive, eta {core.eta:g}")
-        if core.parts.descent.describe():
-            parts.append(core.parts.descent.describe())
+        parts += filter(None, (core.parts.mask.describe(), core.parts.descent.describe()))
         if self.per_rank:
             parts.append("each rank from its own shard")
         if self.ascent_fraction < 1:

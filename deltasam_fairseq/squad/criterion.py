@@ -43,6 +43,7 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
 
     regulariser_class = NoRegulariser
     config_class = SpanConfig
+    loss_of_output = True
     task_name = "span_prediction"
 
     def __init__(self, cfg: SpanConfig, task: Any) -> None:

@@ -11,10 +11,12 @@ from fairseq.distributed import utils as distributed_utils
 from fairseq.trainer import Trainer
 from torch import Tensor
 
-from deltasam_fairseq.algorithms import SENTENCES, update_generator
+from deltasam_fairseq.algorithms import SENTENCES, TRUST_REGION, update_generator
 from deltasam_fairseq.core import Ascent, Passes, RngReplay
 from deltasam_fairseq.criterions import (
+    OutputsAtW,
     PerSentence,
+    has_per_sentence_losses,
     per_sentence_losses,
     require_replay,
     require_same_sum,
@@ -74,6 +76,9 @@ class AscentStep:
         trainer.zero_grad()
         draw = trainer.cfg.common.seed, trainer.get_num_updates()
         passes = FairseqPasses(trainer, sam, self._weights, self._sync, samples, replay, loss_scale)
+        kept = sam.core.parts.descent.along_outputs, sam.core.parts.radius.needs_outputs
+        if any(kept):
+            passes.metrics.outputs = OutputsAtW(trainer.get_criterion(), *kept)
         if sam.core.parts.weighting.probes and not self._losses_checked:
             passes.check_per_sentence_losses()
             self._losses_checked = True
@@ -107,6 +112,7 @@ class FairseqPasses(Passes[PerSentence]):
     ) -> None:
         self.count = len(samples)
         self.partial = sam.ascent_fraction < 1
+        self.per_sentence = has_per_sentence_losses(type(trainer.get_criterion()))
         # The reduction averages gradients.
         self.scale = loss_scale / (trainer.data_parallel_world_size if sync.needed else 1)
         self._trainer, self._sam, self._weights, self._sync = trainer, sam, weights, sync
@@ -132,10 +138,25 @@ class FairseqPasses(Passes[PerSentence]):
         with autocast(trainer.cfg), torch.autograd.profiler.record_function(
             "sam-forward" if graph else "sam-forward-nograd"
         ):
+            if graph and self.metrics.outputs is not None:
+                return self.metrics.outputs.per_sentence_losses(i, model, sample)
             return per_sentence_losses(trainer.get_criterion(), model, sample)
 
     def losses(self, forward: PerSentence) -> Tensor:
         return forward.losses
+
+    def divergence(self, i: int, sigma: float) -> Tensor:
+        """See `Passes`; noise, and dropout masks as R3F has them, of this forward's own."""
+        trainer, outputs = self._trainer, self.metrics.outputs
+        assert outputs is not None
+        sample, is_dummy = self._samples[i]
+        if i == 0:
+            seed = trainer.cfg.common.seed, trainer.get_num_updates(), TRUST_REGION
+            rank = trainer.data_parallel_rank
+            own = update_generator(*seed, torch.device("cpu"), rank).initial_seed()
+            torch.manual_seed(own)
+        with autocast(trainer.cfg), torch.autograd.profiler.record_function("sam-forward-nograd"):
+            return outputs.divergence(i, trainer.get_model(), sample, sigma) * (not is_dummy)
 
     def chosen(self, weights: Tensor) -> Tensor:
         return most_unguarded(weights, self._sam.ascent_fraction)
@@ -153,15 +174,17 @@ class FairseqPasses(Passes[PerSentence]):
         # The criterion's data-parallel wrapper would average gradients that belong to one rank.
         criterion = trainer.get_criterion() if self._sync.local_only else trainer.criterion
         sample, share = self._draw_part(self._samples[i][0])
-        _, sample_size, logging_output = trainer.task.train_step(
-            sample=sample,
-            model=trainer.model,
-            criterion=criterion,
-            optimizer=trainer.optimizer,
-            update_num=trainer.get_num_updates(),
-            ignore_grad=self.is_dummy(i),
-            **self._task_kwargs(),
-        )
+        outputs = self.metrics.outputs
+        with contextlib.nullcontext() if outputs is None else outputs.found_in(i):
+            _, sample_size, logging_output = trainer.task.train_step(
+                sample=sample,
+                model=trainer.model,
+                criterion=criterion,
+                optimizer=trainer.optimizer,
+                update_num=trainer.get_num_updates(),
+                ignore_grad=self.is_dummy(i),
+                **self._task_kwargs(),
+            )
         self.metrics.add(logging_output, sample_size, self.is_dummy(i), share)
 
     def freeze_others(self) -> ContextManager[Any]:

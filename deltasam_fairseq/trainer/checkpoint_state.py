@@ -18,13 +18,14 @@ logger = logging.getLogger(__name__)
 # Keys of a checkpoint's extra state.
 LOSS_SCALER = "deltasam_loss_scaler"
 CRITERION = "deltasam_criterion"
+MASK = "deltasam_mask"
 WEIGHT_AVERAGE = "deltasam_weight_average"
 # Keys in WEIGHT_AVERAGE: number of weights in the average, averages by name, weights by name.
 N, AVERAGES, RAW = "n", "averages", "raw"
 
 
 def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
-    """State to save: counters of the loss scaler, averages of a criterion.
+    """State to save: counters of the loss scaler, averages of a criterion, a mask.
 
     Args:
         trainer: fairseq's, built.
@@ -35,6 +36,10 @@ def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
     state: Dict[str, Any] = {}
     if _keeps_scaler(trainer):
         state[LOSS_SCALER] = _scaler_counters(trainer)
+    sam = sharpness_aware(trainer.optimizer)
+    if sam is not None and not trainer.cfg.checkpoint.no_save_optimizer_state:
+        mask = sam.core.parts.mask.state_dict()
+        state.update({MASK: mask} if mask else {})
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
         if not trainer.cfg.checkpoint.no_save_optimizer_state:
@@ -47,6 +52,9 @@ def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
         criterion.regulariser.load_state_dict(state.get(CRITERION) or {})
+    sam = sharpness_aware(trainer.optimizer)
+    if sam is not None:
+        sam.core.parts.mask.load_state_dict(state.get(MASK) or {})
     counters = state.get(LOSS_SCALER)
     scaler = getattr(trainer.optimizer, "scaler", None)
     # There is none where a run saved in fp16 is resumed in another precision.

@@ -7,6 +7,7 @@ from fairseq.logging import metrics
 from torch import Tensor
 
 from deltasam_fairseq.core import AscentFigures
+from deltasam_fairseq.criterions import OutputsAtW
 
 Logs = List[Dict[str, Any]]
 
@@ -31,7 +32,8 @@ _SAME = 1e-12
 
 # Figures that are averages over the updates with an ascent.
 _AVERAGES = (
-    *("sam_loss", "sharpness", "ascent_gnorm", "sam_rho", "sam_realised", "delta_sam_radius"),
+    *("sam_loss", "sharpness", "ascent_gnorm", "sam_rho", "sam_mask_share"),
+    *("sam_realised", "delta_sam_radius"),
     *("delta_sam_effective", "delta_sam_r", "delta_sam_negative"),
 )
 
@@ -45,6 +47,7 @@ class StepMetrics:
     ==================== ==================================================================
     sam_loss             loss at ``w + eps*``, in the units of loss
     sharpness            sam_loss - loss
+    sam_mask_share       share of the weights that the ascent moves (--sam-mask)
     sam_rho              radius in force, where updates have different ones
     sam_realised         share of the ascent that survived rounding (half precision only)
     ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
@@ -67,6 +70,7 @@ class StepMetrics:
     Attributes:
         figures: of the ascent, once it is complete.
         drawn: `direction_sum` of this rank, if ranks compare it.
+        outputs: of the model at w, where the method needs them.
     """
 
     figures: AscentFigures
@@ -76,6 +80,7 @@ class StepMetrics:
         self.estimated = estimated
         self.sums = sums
         self.drawn: Optional[Tensor] = None
+        self.outputs: Optional[OutputsAtW] = None
         self._clean: Logs = []
         self._sample_sizes: List[Any] = []
         self._shares: List[float] = []
@@ -223,6 +228,8 @@ class StepMetrics:
         size = sums[_ASCENT_SIZE] if self.estimated else sample_size
         metrics.log_scalar("ascent_gnorm", gnorm / (size or 1.0), priority=401, round=3)
         found, reweighting = self.figures, self.figures.reweighting
+        if found.mask_share is not None:
+            metrics.log_scalar("sam_mask_share", found.mask_share, priority=21, round=4)
         if found.rho is not None:
             metrics.log_scalar("sam_rho", found.rho, priority=21, round=6)
         if found.realised is not None:

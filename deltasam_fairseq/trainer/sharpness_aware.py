@@ -25,7 +25,7 @@ from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.checkpoints import DataRecord
 from deltasam_fairseq.checkpoints.data_record import KEY as DATA
 from deltasam_fairseq.core import RngReplay
-from deltasam_fairseq.criterions import RegularisedCriterion
+from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
 from deltasam_fairseq.optim import (
     SharpnessAwareOptimizer,
     gradients_of_masters,
@@ -104,6 +104,10 @@ class SharpnessAwareTrainer(AveragingTrainer):
                 logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
             if weights.partial:
                 logger.info(weights.describe())
+            if sam.core.parts.mask.describe():
+                single = has_per_sentence_losses(type(self.get_criterion()))
+                of = "single sentences" if single else "the batch, for the criterion has no others"
+                logger.info(f"--sam-mask: the squared gradients are those of {of}")
 
     @metrics.aggregate("train")
     def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
@@ -184,10 +188,13 @@ class SharpnessAwareTrainer(AveragingTrainer):
     def _descend(self, samples: List[Any], raise_oom: bool) -> Any:
         """fairseq's own train_step; count the updates that it skips for an overflow."""
         updates, repeats = self.get_num_updates(), self._amp_repeats
+        outputs = None if self._step_metrics is None else self._step_metrics.outputs
+        along = outputs is not None and outputs.gradients
+        along_outputs = outputs.descent() if outputs and along else contextlib.nullcontext()
         self._ran_out_of_memory = False
         try:
             self._descent_in_progress = True
-            with self._gradients_corrected():
+            with self._gradients_corrected(), along_outputs:
                 stats = self._fairseqs_step(samples, raise_oom)
         finally:
             self._descent_in_progress = False

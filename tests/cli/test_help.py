@@ -6,7 +6,8 @@ from fairseq import options
 from tests.helpers import tiny
 
 SHARED = ["--sam-rho", "--sam-adaptive", "--sam-eta", "--sam-start-update", "--sam-scope"]
-SHARED += ["--sam-rho-schedule", "--sam-gsam-alpha"]
+SHARED += ["--sam-rho-schedule", "--sam-gsam-alpha", "--sam-functional", "--sam-mask"]
+SHARED += ["--sam-radius"]
 SWA = ["--swa-start", "--swa-every", "--swa-decay", "--swa-lr", "--swa-validate-both"]
 DELTA = ["--delta-sam-beta", "--delta-sam-probe-radius"]
 

@@ -38,6 +38,13 @@ OPTIMIZERS = {
         *("--optimizer", "sam_adam", "--sam-gsam-alpha", "0.4", "--sam-rho-schedule", "lr"),
         *("--warmup-updates", "5", "--update-freq", "2"),
     ],
+    "functional": ["--optimizer", "sam_adam", "--sam-functional", "--update-freq", "2"],
+    "Fisher mask": [
+        *("--optimizer", "sam_adam", "--sam-mask", "fisher", "--sam-mask-every", "2"),
+    ],
+    "trust region": [
+        *("--optimizer", "sam_adam", "--sam-radius", "trust_region", "--sam-trust-sigma", "1"),
+    ],
     "rho warms up, half precision": [
         *("--optimizer", "delta_sam_adam", "--memory-efficient-fp16"),
         *("--sam-rho-schedule", "warmup", "--sam-rho-warmup-updates", "5"),

@@ -11,6 +11,9 @@ from tests.helpers import tiny
 from tests.helpers.processes import run_ranks
 
 METHODS = {
+    "functional": ["--sam-functional"],
+    "Fisher": ["--sam-mask", "fisher", "--sam-mask-every", "2"],
+    "TRAM": ["--sam-radius", "trust_region", "--sam-trust-sigma", "1"],
     "GSAM": ["--sam-gsam-alpha", "0.4", "--sam-rho-schedule", "lr", "--warmup-updates", "9"],
 }
 SPLIT = ["2 x 2", "rank ends with a dummy"]
@@ -35,6 +38,7 @@ def results(tmp_path_factory):
                     "argv": argv,
                     "updates": updates(LAYOUTS[layout]),
                     "dtype": "float64",
+                    "same_noise": True,
                 }
     return run_ranks(folder, runs)
 

@@ -10,6 +10,8 @@ from fairseq.criterions.sentence_prediction import (
 
 @register_criterion("float64_sentence_prediction", dataclass=SentencePredictionConfig)
 class Float64SentencePrediction(SentencePredictionCriterion):
+    loss_of_output = True
+
     def per_sentence_losses(self, model, sample):
         logits, _ = model(
             **sample["net_input"],
