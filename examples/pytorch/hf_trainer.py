@@ -1,6 +1,6 @@
 """The Hugging Face Trainer with sharpness-aware updates: a subclass of ten lines."""
 
-from typing import Any
+from typing import Any, Dict
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -15,7 +15,7 @@ class SharpnessAwareTrainer(Trainer):
     With gradient_accumulation_steps every micro-batch has a perturbation of its own (m-sharpness).
     """
 
-    method = {"method": "delta_sam", "rho": 0.05, "beta": 3.0}
+    method: Dict[str, Any] = {"method": "delta_sam", "rho": 0.05, "beta": 3.0}
     sam = None
 
     def training_step(self, model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:

@@ -4,6 +4,7 @@ import csv
 import os
 import sys
 import time
+from typing import Any, Dict
 
 import torch
 import torch.nn.functional as F
@@ -13,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.pytorch import SharpnessAware
 
-METHODS = {
+METHODS: Dict[str, Dict[str, Any]] = {
     "Adam": {"method": "sam", "rho": 0.0},
     "SAM": {"method": "sam", "rho": 0.05},
     "delta-SAM": {"method": "delta_sam", "rho": 0.05, "beta": 3.0},
@@ -38,7 +39,7 @@ def train(method: str, path: str, train_rows: list, dev_rows: list) -> list:
     bare.train()
     for rows in torch.randperm(len(train_rows)).split(BATCH):
         own = [train_rows[i] for i in rows[RANK::WORLD]]
-        sam.backward(lambda own=own: outputs(model, own)[0])
+        sam.backward(lambda: outputs(model, own)[0])  # noqa: B023
         optimizer.step()
         optimizer.zero_grad()
     seconds = time.perf_counter() - start
@@ -52,8 +53,7 @@ if __name__ == "__main__":
     model, data, count = sys.argv[1:]  # the folders of both, and how many rows to train on
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")
-    files = (csv.DictReader(open(f"{data}/{s}.tsv"), delimiter="\t") for s in ("train", "dev"))
-    train_rows, dev_rows = map(list, files)
-    table = [train(method, model, train_rows[: int(count)], dev_rows) for method in METHODS]
+    rows = [list(csv.DictReader(open(f"{data}/{s}.tsv"), delimiter="\t")) for s in ("train", "dev")]
+    table = [train(method, model, rows[0][: int(count)], rows[1]) for method in METHODS]
     if RANK == 0:
         print(markdown_table(["method", "dev accuracy", "dev loss", "time"], table))
