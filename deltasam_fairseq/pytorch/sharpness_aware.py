@@ -24,6 +24,7 @@ from deltasam_fairseq.core import (
     AscentFigures,
     DeltaWeighting,
     Descent,
+    GibbsWeighting,
     Parts,
     Perturber,
     Radius,
@@ -42,6 +43,11 @@ def _delta_sam(radius: Radius, beta: float = 3.0) -> Parts:
     return Parts(radius, DeltaWeighting(beta) if beta else Weighting())
 
 
+def _rw_sam(radius: Radius, lambda_: float = 2.0) -> Parts:
+    _require(lambda_ >= 0, "lambda_", lambda_, "a number of at least 0")
+    return Parts(radius, GibbsWeighting(lambda_) if lambda_ else Weighting())
+
+
 def _gsam(radius: Radius, alpha: float = 0.4) -> Parts:
     _require(alpha >= 0, "alpha", alpha, "a number of at least 0")
     return Parts(radius, descent=GSAM(alpha) if alpha else Descent())
@@ -52,6 +58,7 @@ METHODS: Dict[str, Callable[..., Parts]] = {
     "sam": Parts,
     "asam": Parts,
     "delta_sam": _delta_sam,
+    "rw_sam": _rw_sam,
     "gsam": _gsam,
 }
 
@@ -67,13 +74,15 @@ class SharpnessAware:
         model: whose weights train, in its DistributedDataParallel wrapper if there is one. A loss
             with weights of its own belongs in it. Weights that require no gradient stay as they
             are.
-        method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``, ``gsam``
-            (Zhuang et al. 2022); or the `Parts` of another, for which rho has no meaning.
+        method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``, ``rw_sam``
+            (Luo et al. 2025), ``gsam`` (Zhuang et al. 2022); or the `Parts` of another, for which
+            rho has no meaning.
         rho: radius of the perturbation, L2 norm in weight space, at least 0; 0: plain gradients.
             0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``. Or a `Radius`, such as
             `deltasam_fairseq.core.RhoAlongLR`.
         more: the method's own: ``beta`` of ``delta_sam``, strength of the reweighting, at least 0,
-            default 3, 0 is SAM; ``alpha`` of ``gsam``, at least 0, default 0.4.
+            default 3, 0 is SAM; ``lambda_`` of ``rw_sam`` likewise, default 2; ``alpha`` of
+            ``gsam``, at least 0, default 0.4.
         eta: added to ``|w|`` by ``asam``, and makes another method adaptive; unit of a weight.
         probe_radius: of delta-SAM's probe; default: rho, and in half precision a radius that
             the weights resolve.
@@ -345,7 +354,7 @@ class SharpnessAware:
             figures["delta_sam_uniform"] = r.uniform
             if found.realised is not None:
                 figures["delta_sam_radius"] = found.probe_radius
-        return {name: float(value) for name, value in figures.items()}
+        return {name: float(value) for name, value in figures.items() if value is not None}
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what an exact continuation needs beside model, optimizer and generators."""

@@ -17,6 +17,7 @@ OPTIONS = {
     "sam": ["sam_sgd"],
     "asam": ["sam_sgd", "--sam-adaptive"],
     "delta_sam": ["delta_sam_sgd", "--delta-sam-beta", "3"],
+    "rw_sam": ["delta_sam_sgd", "--delta-sam-weights", "gibbs", "--delta-sam-lambda", "2"],
     "gsam": ["sam_sgd", "--sam-gsam-alpha", "0.4"],
 }
 
@@ -65,7 +66,7 @@ def test_same_updates(classification, tmp_path, method, micro_batches):
         sam.backward([lambda s=s: per_sentence_losses(criterion, model, s).losses for s in batch])
         optimizer.step()
         optimizer.zero_grad()
-    assert len(seen[0]) == len(seen[1]) == (6 if method == "delta_sam" else 3)
+    assert len(seen[0]) == len(seen[1]) == (6 if "delta_sam_sgd" in OPTIONS[method] else 3)
     for ours, theirs in zip(*seen):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(tiny.weights(trainer), small.weights(model), rtol=1e-9, atol=1e-11)

@@ -34,6 +34,19 @@ def plain_gradients(model, closures):
     return small.gradients(model)
 
 
+def losses_of(model):
+    """The losses as a function of a flat float64 weight vector, and the vector."""
+    names = [name for name, _ in model.named_parameters()]
+    x, y = small.sentences(torch.float64)
+
+    def losses(w):
+        pieces = w.split([p.numel() for p in model.parameters()])
+        own = {n: v.view_as(p) for n, v, p in zip(names, pieces, model.parameters())}
+        return F.cross_entropy(functional_call(model, own, (x,)), y, reduction="none")
+
+    return losses, parameters_to_vector(model.parameters()).detach()
+
+
 def test_worked_by_hand():
     """l_j = x_j w, x = (1, 3), w = 2: eps = rho, the gradient is 2 wherever w is; l = (2, 6)."""
     model = nn.Linear(1, 1, bias=False)
@@ -51,21 +64,14 @@ def test_worked_by_hand():
 def test_equals_the_reference(method, sizes):
     """In float64, one micro-batch or several of unequal size."""
     model = small.model(dropout=0.0, dtype=torch.float64)
-    names = [name for name, _ in model.named_parameters()]
-    x, y = small.sentences(torch.float64)
-
-    def losses(w):
-        pieces = w.split([p.numel() for p in model.parameters()])
-        own = {n: v.view_as(p) for n, v, p in zip(names, pieces, model.parameters())}
-        return F.cross_entropy(functional_call(model, own, (x,)), y, reduction="none")
-
-    w = parameters_to_vector(model.parameters()).detach()
+    losses, w = losses_of(model)
     u = [torch.empty_like(p) for p in model.parameters()]
     draw_direction_(u, probe_generator(7, 0, torch.device("cpu")))
     u = torch.cat([v.flatten() for v in u])
     eps = {
         "sam": lambda: reference.sam_reference(losses, w, RHO),
         "asam": lambda: reference.asam_reference(losses, w, RHO, ETA),
+        "rw_sam": lambda: reference.rw_sam_reference(losses, w, u.sign(), RHO, 2.0),
         "gsam": lambda: reference.sam_reference(losses, w, RHO),
         "delta_sam": lambda: reference.delta_sam_reference(losses, w, u, RHO, BETA).eps,
     }[method]()
@@ -77,6 +83,17 @@ def test_equals_the_reference(method, sizes):
     clean = sam.backward(small.closures(model, *sizes, dtype=torch.float64))
     torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
     torch.testing.assert_close(clean, losses(w))
+
+
+def test_a_backward_for_each_group_is_m_sharpness():
+    """Groups of 4 and 2 sentences: each has its own eps, the gradient is that of the mean."""
+    model = small.model(dropout=0.0, dtype=torch.float64)
+    losses, w = losses_of(model)
+    sam = SharpnessAware(model, "sam", RHO)
+    for closure, n in zip(small.closures(model, 4, 2, dtype=torch.float64), (4, 2)):
+        sam.backward(closure, scale=n / small.N)
+    expected = reference.m_sharpness_reference(losses, w, RHO, 4)
+    torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
 
 
 @each_method
@@ -122,7 +139,12 @@ def test_rho_0_is_the_plain_gradient(method, sizes):
 
 def test_strength_0_is_sam():
     ends = []
-    for method, more in (("sam", {}), ("delta_sam", {"beta": 0.0}), ("gsam", {"alpha": 0.0})):
+    for method, more in (
+        ("sam", {}),
+        ("delta_sam", {"beta": 0.0}),
+        ("rw_sam", {"lambda_": 0.0}),
+        ("gsam", {"alpha": 0.0}),
+    ):
         model = small.model()
         torch.manual_seed(3)
         SharpnessAware(model, method, **more).backward(small.closures(model))
