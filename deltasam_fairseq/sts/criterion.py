@@ -62,10 +62,12 @@ class ContrastiveCriterion(RegularisedCriterion, FairseqCriterion):
     def batch(self, model: Any, sample: Dict[str, Any], loss_scale: float) -> Batch:
         mask = sample["net_input"]["src_tokens"].ne(self.padding_idx)
         pooling = self.task.cfg.pooling
+        # In validation a rank without a batch gets one of training: the others would not gather.
+        local = self.local_negatives or not model.training
         objective = (
             Similarity(sample["target"], mask, pooling)
             if "target" in sample
-            else NTXent(mask, pooling, self.temperature, self.local_negatives)
+            else NTXent(mask, pooling, self.temperature, local)
         )
         return Batch(model, sample, objective, {"features_only": True}, loss_scale)
 
@@ -76,7 +78,7 @@ class ContrastiveCriterion(RegularisedCriterion, FairseqCriterion):
         log: Dict[str, Any] = {"ntokens": sample["ntokens"], "nsentences": n, "sample_size": n}
         if "target" in sample:
             log["cosines"] = result.scores.detach().view(-1).tolist()
-            log["gold"] = sample["target"].tolist()
+            log["gold"] = sample["gold"]
         return n, log
 
     @classmethod

@@ -1,11 +1,13 @@
 """Embeddings of sentences: pooled from the features of their tokens, gathered from all ranks."""
 
-from typing import Any
+import functools
+from typing import Any, Tuple
 
 import torch
 import torch.distributed as dist
 from fairseq.distributed import utils as distributed_utils
-from torch import Tensor
+from fairseq.models.roberta import RobertaModel
+from torch import Tensor, nn
 
 from deltasam_fairseq.algorithms import at_least_float32
 
@@ -31,6 +33,33 @@ def pool(features: Tensor, mask: Tensor, pooling: str) -> Tensor:
         return features.mean(dim=1)
     tokens = mask.unsqueeze(-1).to(features)
     return (features * tokens).sum(dim=1) / tokens.sum(dim=1)
+
+
+def embed_padding(model: RobertaModel) -> None:
+    """Have a model compute features of padding as transformers' does, for ``mean_padded``.
+
+    fairseq feeds zeros to the first layer where there is padding, transformers the embedding of
+    padding at its position. No token attends to padding: features of tokens stay as they are.
+
+    Args:
+        model: RoBERTa or BERT; it is changed.
+    """
+    encoder = model.encoder.sentence_encoder
+    encoder.layers[0].register_forward_pre_hook(functools.partial(_fill_padding, encoder))
+
+
+def _fill_padding(encoder: Any, layer: nn.Module, inputs: Tuple[Tensor, ...]) -> Tuple[Tensor, ...]:
+    """Replace the zeros in the first layer's input, shape (T, B, C)."""
+    x, *others = inputs
+    pad, positions = encoder.padding_idx, encoder.embed_positions.weight
+    word = encoder.embed_tokens.weight[pad].detach()  # fairseq does not train it
+    types = getattr(encoder, "embed_types", None)
+    if types is None:  # RoBERTa: padding has no position
+        embedded = (word + positions[pad]).expand(len(x), 1, -1)
+    else:
+        embedded = (word + positions[pad + 1 : pad + 1 + len(x)] + types.weight[0]).unsqueeze(1)
+    filled = encoder.dropout_module(encoder.layernorm_embedding(embedded).expand_as(x))
+    return (torch.where(x.eq(0).all(dim=-1, keepdim=True), filled.to(x), x), *others)
 
 
 class _Gather(torch.autograd.Function):

@@ -93,12 +93,12 @@ def load_model(path: Path, data: Path, pooling: Optional[str] = None) -> Sentenc
         raise DataError(f"--path: {error}") from error  # names the file itself
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{name}: no checkpoint of fairseq ({error})") from error
-    positions = getattr(model_cfg, "max_positions", None) or 512
-    cfg = SentenceEmbeddingConfig(data=str(data), max_positions=positions)
     if getattr(trained, "_name", None) == TASK:
         pooling = pooling or str(trained.pooling)
     if pooling is None:
         raise DataError(f"{name}: not of --task {TASK}; say how it embeds, with --pooling")
+    positions = getattr(model_cfg, "max_positions", None) or 512
+    cfg = SentenceEmbeddingConfig(data=str(data), pooling=pooling, max_positions=positions)
     task = SentenceEmbeddingTask.setup_task(cfg)
     try:
         model = task.build_model(model_cfg)

@@ -28,7 +28,7 @@ class NTXent(ClassObjective):
         mask: True where there is a token, shape (2N, T): first views, then second ones.
         pooling: see `pool`.
         temperature: tau, above 0.
-        local: whether the views of other ranks are no negatives.
+        local: whether the views of other ranks are no negatives; else every rank has to compute.
 
     Under data parallelism: the views of all R ranks are one batch, each rank has the losses of its
     own sentences. Limiting case: one sentence has a loss of 0.

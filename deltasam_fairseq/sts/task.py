@@ -21,7 +21,7 @@ from omegaconf import II, MISSING, OmegaConf, open_dict
 from torch import Tensor
 
 from deltasam_fairseq.options import check_options, option, require
-from deltasam_fairseq.sts.embeddings import POOLINGS
+from deltasam_fairseq.sts.embeddings import POOLINGS, embed_padding
 from deltasam_fairseq.sts.folder import PREPARE, read_bpe, read_pairs, read_sentences
 from deltasam_fairseq.sts.views import LITERAL, MASK, SentenceEncoder, split_at_span
 
@@ -90,7 +90,8 @@ class _Pairs(FairseqDataset):
             "ntokens": sum(len(x) for x in sequences),
         }
         if "target" in samples[0]:
-            batch["target"] = torch.tensor([s["target"] for s in samples])
+            batch["gold"] = [s["target"] for s in samples]  # half precision would make ties
+            batch["target"] = torch.tensor(batch["gold"])
         return batch
 
     def num_tokens(self, index: int) -> int:
@@ -297,6 +298,8 @@ class SentenceEmbeddingTask(FairseqTask):
                 f"--arch of {type(model).__name__}: embeddings of sentences need an encoder; use "
                 "--arch roberta_base or roberta_large (XLM-R is one too), or bert"
             )
+        if self.cfg.pooling == "mean_padded":
+            embed_padding(model)
         return model
 
     def get_batch_iterator(self, dataset: Any, *args: Any, **kwargs: Any) -> Any:

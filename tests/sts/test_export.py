@@ -45,13 +45,19 @@ def embeddings(folder, sentences, pooling):
     model = hf.transformers.AutoModel.from_pretrained(folder).eval()
     rows = []
     for text in sentences:
-        batch = tokenizer(text, max_length=64, truncation=True, return_tensors="pt")
+        padding = "max_length" if pooling == "mean_padded" else False
+        batch = tokenizer(
+            text, max_length=64, truncation=True, padding=padding, return_tensors="pt"
+        )
         hidden = model(**batch).last_hidden_state[0]
         rows.append(hidden[0] if pooling == "cls" else hidden.mean(dim=0))
     return torch.stack(rows).double()
 
 
-@pytest.mark.parametrize("family, pooling", [("bert", "mean"), ("roberta", "cls")])
+@pytest.mark.parametrize(
+    "family, pooling",
+    [("bert", "mean"), ("bert", "mean_padded"), ("roberta", "cls"), ("roberta", "mean_padded")],
+)
 def test_trained_checkpoint_in_transformers(tmp_path, family, pooling):
     pairs = prepared(tmp_path, family)
     arch = {"bert": "bert", "roberta": "roberta_base"}[family]

@@ -1,6 +1,7 @@
 """NT-Xent and its R3F: by hand, against a plain twin, over ranks; the views of a sentence."""
 
 import itertools
+import json
 import math
 
 import numpy as np
@@ -152,6 +153,7 @@ def test_two_ranks_are_one_batch(sentence_embedding, tmp_path):
             tmp_path,
             *("--optimizer", "delta_sam_sgd", "--lr", "0.1", "--ddp-backend", backend),
             *("--dropout", "0", "--attention-dropout", "0", "--find-unused-parameters"),
+            *("--pooling", "mean"),
             *(("--eps", "0.1") if criterion == "nt_xent_r3f" else ()),
             criterion=criterion,
         )
@@ -164,6 +166,25 @@ def test_two_ranks_are_one_batch(sentence_embedding, tmp_path):
         torch.testing.assert_close(two[0]["parameters"], one["parameters"], rtol=0, atol=1e-9)
         for log, other in zip(one["logs"], two[0]["logs"]):
             assert log["loss"] == pytest.approx(other["loss"], abs=2e-3)
+
+
+def test_two_ranks_validate_as_one(sentence_embedding, tmp_path):
+    """12 pairs in batches of 5: 3, so that the second rank ends with a dummy, one of training."""
+    found = []
+    for ranks in (1, 2):
+        argv = tiny.arguments(
+            sentence_embedding,
+            tmp_path / str(ranks),
+            *("--lr", "0", "--max-update", "1", "--batch-size-valid", "5", "--dropout", "0"),
+            *("--distributed-world-size", str(ranks), "--no-save", "--data-buffer-size=0"),
+            *("--find-unused-parameters", "--best-checkpoint-metric", "spearman"),
+            criterion="nt_xent",
+        )
+        lines = [x for x in tiny.train(argv).stdout.splitlines() if '"valid_spearman"' in x]
+        found.append([json.loads(x[x.index("{") :]) for x in lines])
+    (one,), (two,) = found
+    for key in ("valid_spearman", "valid_loss"):
+        assert float(two[key]) == pytest.approx(float(one[key]), abs=0.01)
 
 
 def test_ranks_train_on_the_batches_of_one(sentence_embedding, tmp_path):
