@@ -21,6 +21,7 @@ from deltasam_fairseq.criterions.sentence import check_number_of_classes
 from deltasam_fairseq.lr_schedulers import SWAScheduler, check_swa_config
 from deltasam_fairseq.optim.config import check_optimizer_config, weights_strength
 from deltasam_fairseq.optim.sharpness_aware import SharpnessAwareOptimizer
+from deltasam_fairseq.options import require
 
 logger = logging.getLogger(__name__)
 
@@ -109,6 +110,20 @@ def _drops_other_layers(cfg: Any, regulariser: Any) -> bool:
     return any(layerdrop) and regulariser.SEVERAL_MASKS and not same
 
 
+def _check_whole_batch(cfg: Any) -> None:
+    """Refuse an ascent from a part of the batch that a sentence's loss depends on."""
+    for option, whole in (("sam_ascent_fraction", 1), ("sam_scope", "global")):
+        value = getattr(cfg.optimizer, option, whole)
+        local = option == "sam_scope" and getattr(cfg.criterion, "local_negatives", False)
+        require(
+            value == whole or local,
+            option,
+            value,
+            f"--criterion {_name(cfg.criterion)}: the loss of a sentence depends on the others of "
+            "its batch, of all ranks; drop this option",
+        )
+
+
 def _check_criterion(cfg: Any) -> None:
     """Options of this package's criterions, and what their several forwards rule out."""
     name = _name(cfg.criterion)
@@ -116,12 +131,8 @@ def _check_criterion(cfg: Any) -> None:
     if cls is None or not issubclass(cls, RegularisedCriterion):
         return
     cls.check(cfg.criterion)
-    fraction = getattr(cfg.optimizer, "sam_ascent_fraction", 1)
-    if cls.NEEDS_WHOLE_BATCH and fraction != 1:
-        raise ValueError(
-            f"--sam-ascent-fraction {fraction} cannot be combined with --criterion {name}: the "
-            "loss of a sentence depends on the others of its batch; give --sam-ascent-fraction 1"
-        )
+    if not cls.sentences_are_independent:
+        _check_whole_batch(cfg)
     if cls.task_name is not None and _name(cfg.task) not in (None, cls.task_name):
         raise ValueError(
             f"--criterion {name} cannot be combined with --task {_name(cfg.task)}: use --task "

@@ -154,11 +154,11 @@ class RegularisedCriterion:
     """Mixin of the criterions; a kind of task provides `batch` and `logging_output`.
 
     Attributes:
-        NEEDS_WHOLE_BATCH: whether the loss of a sentence depends on the other sentences of its
-            batch, so that a part of a batch has other losses.
+        sentences_are_independent: whether the loss of a sentence is the same in every batch; if
+            not, options that take a part of a batch are refused.
     """
 
-    NEEDS_WHOLE_BATCH: ClassVar[bool] = False
+    sentences_are_independent: ClassVar[bool] = True
 
     regulariser_class: ClassVar[Type[Regulariser]]
     config_class: ClassVar[Type[FairseqDataclass]]

@@ -50,7 +50,7 @@ class ContrastiveCriterion(RegularisedCriterion, FairseqCriterion):
     --update-freq each micro-batch has negatives of its own.
     """
 
-    NEEDS_WHOLE_BATCH = True
+    sentences_are_independent = False
     task_name = "sentence_embedding"
 
     def __init__(self, cfg: Any, task: Any) -> None:

@@ -232,7 +232,8 @@ class TestRefusals:
     @pytest.mark.parametrize(
         "options, message",
         [
-            (["--sam-ascent-fraction", "0.5"], "--sam-ascent-fraction 0.5 cannot be combined"),
+            (["--sam-ascent-fraction", "0.5"], "--sam-ascent-fraction 0.5: --criterion nt_xent: "),
+            (["--sam-scope", "rank"], "--sam-scope rank: --criterion nt_xent: the loss of a"),
             (["--temperature", "0"], "--temperature 0.0: must be finite and above 0"),
         ],
     )
