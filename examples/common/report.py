@@ -94,7 +94,8 @@ def in_short(runs: Sequence[Dict[str, Any]], metric: str) -> str:
     means = frame.groupby("method", sort=False).mean(numeric_only=True)
     first = means.index[0]
     found = []
-    for method, difference in (means[metric] - means[metric][first]).round(1).drop(first).items():
+    differences = (means[metric] - means[metric][first]).round(1).drop(first).dropna()
+    for method, difference in differences.items():
         side = "ahead of" if difference > 0 else "behind" if difference < 0 else "level with"
         points = f"{abs(difference):.1f} points " if difference else ""
         found.append(f"{method} is {points}{side} {first}")
