@@ -29,6 +29,7 @@ class FisherMask(Mask):
 
     def __init__(self, share: float, every: int) -> None:
         self._share, self._every = share, every
+        self._params: Sequence[Parameter] = ()
         self._mask: Dict[Parameter, Tensor] = {}
         self._renewed: Optional[int] = None
         self._loaded: Optional[Dict[str, Any]] = None
@@ -36,35 +37,31 @@ class FisherMask(Mask):
         self.share: Optional[Tensor] = None
 
     def begin(self, update: int, passes: Any, params: Sequence[Parameter]) -> None:
-        self._take_loaded(params)
+        self._params = params
+        self._take_loaded()
         due = self._renewed is None or update - self._renewed >= self._every
         self._from_ascent_at = update if due and not passes.per_sentence else None
         if due and passes.per_sentence:
-            self._renew(params, _squared_gradients(passes, params), update)
+            self._renew(_squared_gradients(passes, params), update)
 
-    def _renew(self, params: Sequence[Parameter], scores: List[Tensor], update: int) -> None:
+    def _renew(self, scores: List[Tensor], update: int) -> None:
         mask = largest_mask(scores, self._share)
         if mask is not None:
             self._renewed = update
-            self._set(params, mask)
+            self._set(mask)
 
-    def _set(self, params: Sequence[Parameter], mask: List[Tensor]) -> None:
-        self._mask = dict(zip(params, mask))
+    def _set(self, mask: List[Tensor]) -> None:
+        self._mask = dict(zip(self._params, mask))
         chosen = torch.stack([m.sum() for m in mask]).sum().double()
         self.share = chosen / sum(m.numel() for m in mask)
 
     def masked(self, params: Sequence[Parameter], grads: List[Tensor]) -> List[Tensor]:
         if self._from_ascent_at is not None:
-            self._renew(params, [g.float().square() for g in grads], self._from_ascent_at)
+            squares = {p: g.float().square() for p, g in zip(params, grads)}
+            scores = [squares[p] if p in squares else torch.zeros_like(p) for p in self._params]
+            self._renew(scores, self._from_ascent_at)
             self._from_ascent_at = None
-        if not self._mask:
-            return grads
-        nothing = torch.zeros((), dtype=torch.bool)
-        mask = [
-            self._mask[p] if p in self._mask else nothing.to(g.device).expand_as(g)
-            for p, g in zip(params, grads)
-        ]
-        return masked(grads, mask)
+        return masked(grads, [self._mask[p] for p in params]) if self._mask else grads
 
     def describe(self) -> str:
         return f"Fisher mask of {self._share:g} of the weights, renewed every {self._every} updates"
@@ -82,13 +79,13 @@ class FisherMask(Mask):
         self._mask, self._renewed, self.share = {}, None, None
         self._loaded = state or None
 
-    def _take_loaded(self, params: Sequence[Parameter]) -> None:
-        state, self._loaded = self._loaded, None
+    def _take_loaded(self) -> None:
+        state, self._loaded, params = self._loaded, None, self._params
         if state is None or state[WEIGHTS] != sum(p.numel() for p in params):
             return
         flat = torch.from_numpy(np.unpackbits(state[BITS].cpu().numpy())[: state[WEIGHTS]]).bool()
         pieces = zip(params, flat.split([p.numel() for p in params]))
-        self._set(params, [piece.view_as(p).to(p.device) for p, piece in pieces])
+        self._set([piece.view_as(p).to(p.device) for p, piece in pieces])
         self._renewed = state[RENEWED]
 
 

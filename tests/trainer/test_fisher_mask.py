@@ -86,6 +86,12 @@ def test_a_share_of_the_weights_moves_by_rho(data_of, tmp_path, criterion, mode,
     for i in range(4):
         trainer.train_step([samples[i % len(samples)]])
         masks.append(sharpness_aware(trainer.optimizer).core.parts.mask.state_dict()["bits"])
+    mask = sharpness_aware(trainer.optimizer).core.parts.mask
+    state = mask.state_dict()
+    assert state["weights"] == seen[0].numel()
+    mask.load_state_dict(state)
+    trainer.train_step(samples[:1])  # not renewed
+    assert torch.equal(mask.state_dict()["bits"], state["bits"])
     for eps in seen:
         # rounding to half precision takes a little of it
         assert eps.double().norm().item() == pytest.approx(RHO, rel=0.3 if mode else 1e-3)
