@@ -51,6 +51,10 @@ OURS = {  # method -> options of fairseq-train
     "delta-SAM, a quarter": "--optimizer delta_sam_adam --sam-ascent-fraction 0.25",
     "SAM, every 2nd": "--optimizer sam_adam --sam-every 2",
     "SAM, layer norms": "--optimizer sam_adam --sam-only layer_norm",
+    "GSAM": "--optimizer sam_adam --sam-gsam-alpha 0.4",
+    "functional SAM": "--optimizer sam_adam --sam-functional",
+    "SAM, Fisher mask": "--optimizer sam_adam --sam-mask fisher",  # not its renewals
+    "TRAM": "--optimizer sam_adam --sam-radius trust_region",
 }
 TORCH, DAVDA54, PYTORCH_OPTIMIZER = "SAM, torch loop", "SAM, davda54", "SAM, pytorch_optimizer"
 PEERS = (TORCH, DAVDA54, PYTORCH_OPTIMIZER)
