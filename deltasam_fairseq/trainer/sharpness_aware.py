@@ -220,6 +220,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
             yield
             return
         multiply = type(optimizer).multiply_grads  # not that of the update that --amp repeats
+        replaced = vars(optimizer).get("multiply_grads")
 
         def correct_and_multiply(c: Any) -> None:
             descent.correct_(gradients_to_step_along(optimizer, self._trainable()))
@@ -229,7 +230,9 @@ class SharpnessAwareTrainer(AveragingTrainer):
         try:
             yield
         finally:
-            vars(optimizer).pop("multiply_grads", None)
+            del optimizer.multiply_grads
+            if replaced is not None:
+                optimizer.multiply_grads = replaced
 
     def _count_overflow(self, log: Optional[StepMetrics]) -> None:
         where = "descent" if log is not None and torch.isfinite(log.figures.gnorm) else "ascent"

@@ -341,6 +341,34 @@ def test_amp_makes_the_step_again_from_within(case_of, monkeypatch, optimizer):
     assert amp.perturbed == [True, True]
 
 
+METHODS = {
+    "GSAM": ["--sam-gsam-alpha", "0.4"],
+    "functional": ["--sam-functional"],
+    "Fisher": ["--sam-mask", "fisher", "--sam-mask-every", "1"],
+    "TRAM": ["--sam-radius", "trust_region", "--sam-trust-sigma", "1", "--sam-rho", "0.05"],
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_make_the_step_again_and_leave_nothing_behind(case_of, monkeypatch, method):
+    """Under --amp again from within; after an error in the descent, by a new call."""
+    case = case_of("sam_adam", "--amp", *METHODS[method])
+    with monkeypatch.context() as patch:
+        amp = AmpOverflow(case.trainer, patch, times=2)
+        case.assert_update_works()
+        assert amp.perturbed == [True, True]
+    case.reset()
+    with monkeypatch.context() as patch:
+        reached = case.at("clip_grad_norm", raiser(RuntimeError("bug")), patch)
+        with pytest.raises(RuntimeError, match="bug"):
+            case.trainer.train_step(case.samples)
+    assert reached
+    case.assert_restored()
+    assert "multiply_grads" not in vars(case.trainer.optimizer)
+    assert "forward" not in vars(case.trainer.get_criterion())
+    case.assert_update_works()
+
+
 @pytest.mark.parametrize("optimizer", FORWARDS)
 def test_amp_gives_the_batch_up(case_of, monkeypatch, optimizer):
     case = case_of(optimizer, "--amp")
