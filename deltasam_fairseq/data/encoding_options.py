@@ -25,8 +25,8 @@ BPE_FILES: Dict[str, Dict[str, Optional[str]]] = {
 }
 
 
-def add_encoding_options(options: argparse.ArgumentParser) -> None:
-    """Add what `encoding_of` reads, and --workers."""
+def add_encoding_options(options: argparse.ArgumentParser, workers: bool = True) -> None:
+    """Add what `encoding_of` reads, and --workers unless a program has no use for it."""
     add = options.add_argument
     add("--dict", required=True, help="dict.txt of the checkpoint")
     add("--bpe", choices=sorted(BPE_FILES), default="gpt2", help="of the checkpoint")
@@ -35,12 +35,13 @@ def add_encoding_options(options: argparse.ArgumentParser) -> None:
     add("--gpt2-vocab-bpe", help="for --bpe gpt2 (default: fetched once)")
     add("--wordpiece-vocab", help="for --bpe wordpiece: BERT's vocab.txt")
     add("--wordpiece-cased", action="store_true", help="for --bpe wordpiece: keep case and accents")
-    add(
-        "--workers",
-        type=ranged(int, at_least=1),
-        default=1,
-        help="processes; any number gives the same",
-    )
+    if workers:
+        add(
+            "--workers",
+            type=ranged(int, at_least=1),
+            default=1,
+            help="processes; any number gives the same",
+        )
 
 
 def encoding_of(args: argparse.Namespace) -> Tuple[Encoding, Dict[str, Any]]:

@@ -85,14 +85,15 @@ class ContrastiveCriterion(RegularisedCriterion, FairseqCriterion):
     def reduce_metrics(cls, logging_outputs: Sequence[Dict[str, Any]]) -> None:
         """Aggregate the logging outputs of all micro-batches and ranks."""
         n = sum(log.get("sample_size", 0) for log in logging_outputs)
-        for key in ("loss", *cls.regulariser_class.TERMS):
-            if any(key in log for log in logging_outputs):
-                total = sum(log.get(key, 0) for log in logging_outputs)
-                unit = math.log(2) if key == "loss" else 1.0
-                metrics.log_scalar(key, total / n / unit, n, round=3 if key == "loss" else 6)
         cosines, gold = (
             [x for log in logging_outputs for x in log.get(key, ())] for key in ("cosines", "gold")
         )
+        for key in ("loss", *cls.regulariser_class.TERMS):
+            if any(key in log for log in logging_outputs):
+                mean = sum(log.get(key, 0) for log in logging_outputs) / n
+                bits = key == "loss" and not cosines  # as fairseq's losses; that of pairs is none
+                digits = 3 if key == "loss" else 6
+                metrics.log_scalar(key, mean / math.log(2) if bits else mean, n, round=digits)
         if cosines:
             gather(Predictions, _METER, cosines, gold)
             metrics.log_derived("spearman", _spearman)

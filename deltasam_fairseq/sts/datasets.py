@@ -77,10 +77,10 @@ def read_set(root: Path, name: str, any_rows: bool = False) -> List[Pair]:
     return pairs
 
 
-def read_sts_b(path: Path, split: str, any_rows: bool = False) -> List[Pair]:
+def read_sts_b(path: Path, split: str, any_rows: bool = False, option: str = "--sts") -> List[Pair]:
     """Read a split of STS-B: fields between tabs, of which 5 to 7 are score and sentences."""
     pairs = []
-    for number, line in enumerate(lines_of(path, "STS-B"), start=1):
+    for number, line in enumerate(lines_of(path, option), start=1):
         fields = line.split("\t")
         place = f"{path}, line {number}"
         if len(fields) < 7:

@@ -31,7 +31,7 @@ from deltasam_fairseq.sts.folder import TASK, Pair, lines_of, score_of
 def read_train(args: argparse.Namespace) -> List[str]:
     """Return the sentences to train on: none empty, as many as are asked for."""
     if args.train.suffix == ".csv":
-        pairs = read_sts_b(args.train, "train", args.any_rows)
+        pairs = read_sts_b(args.train, "train", args.any_rows, "--train")
         sentences = [text for _, *both in pairs for text in both]
     else:
         sentences = [line.strip() for line in lines_of(args.train, "--train")]
@@ -47,7 +47,11 @@ def read_train(args: argparse.Namespace) -> List[str]:
     if len(found) < max(2, wanted):
         raise DataError(
             f"--train {args.train}: {len(found)} sentences, "
-            + ("contrastive learning needs two" if wanted < 2 else f"--sentences is {wanted}")
+            + (
+                "contrastive learning needs two"
+                if wanted < 2
+                else f"--sentences is {wanted}; give at most {len(found)}"
+            )
         )
     return found if wanted == len(found) else random.Random(args.seed).sample(found, wanted)
 
@@ -58,7 +62,7 @@ def read_valid(args: argparse.Namespace) -> List[Pair]:
     if not lines:
         raise DataError(f"--valid {args.valid}: is empty")
     if lines[0].count("\t") >= 6:
-        return read_sts_b(args.valid, "dev", args.any_rows)
+        return read_sts_b(args.valid, "dev", args.any_rows, "--valid")
     pairs = []
     for number, line in enumerate(lines, start=1):
         place, fields = f"--valid {args.valid}, line {number}", line.split("\t")
@@ -114,7 +118,7 @@ def parser() -> argparse.ArgumentParser:
     add("--sentences", type=positive, help="draw so many of --train (default: all)")
     add("--seed", type=int, default=1, help="of the draw (default: 1)")
     add("--drop-duplicates", action="store_true", help="keep each sentence of --train once")
-    add_encoding_options(options)
+    add_encoding_options(options, workers=False)
     add("--any-rows", action="store_true", help="take files of STS-B's layout with other rows")
     return options
 

@@ -85,14 +85,17 @@ def parser() -> argparse.ArgumentParser:
 def check(args: argparse.Namespace) -> Optional[str]:
     """Return an error in the arguments, with its remedy, or None; set defaults."""
     sts_b = args.sts / "STSBenchmark"
+    if not sts_b.is_dir():
+        return f"--sts {args.sts}: has no folder STSBenchmark; give the folder of the STS sets"
     args.train = args.train or sts_b / "sts-train.csv"
     args.dict = args.dict or args.checkpoint.parent / "dict.txt"
     needed = {"train": args.train, "checkpoint": args.checkpoint, "dict": args.dict}
     for name, path in {**needed, "sts": sts_b / "sts-dev.csv"}.items():
         if not path.is_file():
             return f"--{name} {path}: no such file"
-    if not available(args.sts):
-        return f"--sts {args.sts}: no folder such as STSBenchmark, SICK, STS16-en-test"
+    missing = set(args.sets or ()) - set(available(args.sts))
+    if missing:
+        return f"--sets {', '.join(sorted(missing))}: not in --sts {args.sts}"
     if args.batch_size > args.sentences:
         return f"--batch-size {args.batch_size}: more than --sentences {args.sentences}"
     args.recipe = args.recipe or ("bert" if args.bpe == "wordpiece" else "roberta")

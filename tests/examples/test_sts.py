@@ -51,7 +51,8 @@ def test_rows_are_table_2s(files, recipe):
     "more, message",
     [
         (["--checkpoint", "none.pt"], "--checkpoint none.pt: no such file"),
-        (["--sts", "nowhere"], "--sts nowhere/STSBenchmark/sts-dev.csv: no such file"),
+        (["--sts", "nowhere"], "--sts nowhere: has no folder STSBenchmark"),
+        (["--sets", "STS12", "STS-B"], "--sets STS12: not in --sts"),
         (["--batch-size", "9", "--sentences", "8"], "--batch-size 9: more than --sentences 8"),
     ],
 )

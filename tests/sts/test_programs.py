@@ -90,7 +90,7 @@ class TestPrepare:
 
     def test_too_few_sentences(self, files, capsys):
         assert prepared(files, "--sentences", 99) == 2
-        assert "33 sentences, --sentences is 99" in capsys.readouterr().err
+        assert "33 sentences, --sentences is 99; give at most 33" in capsys.readouterr().err
 
 
 def write_sts16(root, rows=1186):
