@@ -1,20 +1,43 @@
 """A plain PyTorch loop's side of an ascent: its closures, loss scale and processes."""
 
 import contextlib
-from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Union
+from typing import (
+    Any,
+    Callable,
+    ContextManager,
+    Dict,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+    Union,
+)
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from deltasam_fairseq.algorithms import Reweighting
-from deltasam_fairseq.core import Passes, RngReplay
+from deltasam_fairseq.algorithms import (
+    TRUST_REGION,
+    Reweighting,
+    trust_region_sums,
+    update_generator,
+)
+from deltasam_fairseq.core import Parts, Passes, RngReplay
 
-# Computes the losses of the sentences of a micro-batch, shape (B,).
-Closure = Callable[[], Tensor]
+# Computes the losses of the sentences of a micro-batch, shape (B,); or these and the outputs.
+Closure = Callable[[], Any]
 
 _BUCKET = 1 << 23  # gradients that one all-reduce averages
+
+
+class Outcome(NamedTuple):
+    """What a closure returned: losses, shape (B,), and the outputs z that they are made of."""
+
+    losses: Tensor
+    outputs: Optional[Tensor] = None
 
 
 class Generators:
@@ -38,7 +61,7 @@ class Generators:
             torch.cuda.set_rng_state(state, device)
 
 
-class ClosurePasses(Passes[Tensor]):
+class ClosurePasses(Passes[Outcome]):
     """The passes over one update's micro-batches, one closure each.
 
     Args:
@@ -47,13 +70,18 @@ class ClosurePasses(Passes[Tensor]):
         params: all weights that train.
         group: the processes, None for one.
         scale_loss: what ``GradScaler.scale`` does.
+        parts: the method.
+        draw: seed and update, which the random numbers of an update depend on.
         divisor: of the losses' sum in the ascent, the same on every process.
 
     Attributes:
         clean: losses at w without graph, one tensor a micro-batch.
         n: sentences of the global batch, see `count_sentences`.
         world: number of processes.
+        deltas: ``dL/dz`` at w of every micro-batch, L the sum of its losses.
     """
+
+    per_sentence = True
 
     def __init__(
         self,
@@ -62,10 +90,17 @@ class ClosurePasses(Passes[Tensor]):
         params: Sequence[Parameter],
         group: Any,
         scale_loss: Callable[[Tensor], Tensor],
+        parts: Parts,
+        draw: Tuple[int, int],
         divisor: float = 1.0,
     ) -> None:
         self.count = len(closures)
         self.clean: Dict[int, Tensor] = {}
+        self.deltas: Dict[int, Tensor] = {}
+        self._logits: Dict[int, Tensor] = {}
+        self._along_outputs = parts.descent.along_outputs
+        self._needs_outputs = self._along_outputs or parts.radius.needs_outputs
+        self._draw = draw
         self._closures, self._params, self._group = closures, params, group
         self._model: Any = model
         self._scale_loss, self._divisor = scale_loss, divisor
@@ -80,14 +115,33 @@ class ClosurePasses(Passes[Tensor]):
         torch.clear_autocast_cache()
         self._replay()
 
-    def forward(self, i: int, kept: Optional[Tensor] = None) -> Tensor:
-        return checked(self._closures[i]())
+    def forward(self, i: int, kept: Optional[Tensor] = None) -> Outcome:
+        return checked(self._closures[i](), self._needs_outputs)
 
-    def losses(self, forward: Tensor) -> Tensor:
-        return forward
+    def losses(self, forward: Outcome) -> Tensor:
+        return forward.losses
 
-    def log(self, i: int, forward: Tensor) -> None:
-        self.clean[i] = forward.detach()
+    def log(self, i: int, forward: Outcome) -> None:
+        self.clean[i] = forward.losses.detach()
+        if forward.outputs is not None:
+            self._logits[i] = forward.outputs.detach()
+
+    @torch.no_grad()
+    def divergence(self, i: int, sigma: float) -> Tensor:
+        """See `Passes`; all outputs count, of one column as numbers."""
+        if i == 0:
+            rank = 0 if self._group is None else dist.get_rank(self._group)
+            own = update_generator(*self._draw, TRUST_REGION, torch.device("cpu"), rank)
+            torch.manual_seed(own.initial_seed())
+        hook = _embeddings(self._model).register_forward_hook(
+            lambda module, inputs, output: output + sigma * torch.randn_like(output)
+        )
+        try:
+            noised = self.forward(i).outputs
+        finally:
+            hook.remove()
+        assert noised is not None
+        return trust_region_sums(noised, self._logits[i], regression=noised.size(-1) == 1)
 
     def backward(self, loss: Tensor, factor: Union[None, float, Tensor] = None) -> None:
         """Accumulate the gradient of ``factor loss``, times the loss scale.
@@ -112,9 +166,12 @@ class ClosurePasses(Passes[Tensor]):
             self.reduce(self.n)
 
     def backward_batch_loss(self, i: int) -> None:
-        losses = self.forward(i)
-        self.backward(losses.sum())
-        self.log(i, losses)
+        found = self.forward(i)
+        loss = found.losses.sum()
+        if self._along_outputs and found.outputs is not None:
+            (self.deltas[i],) = torch.autograd.grad(loss, found.outputs, retain_graph=True)
+        self.backward(loss)
+        self.log(i, found)
 
     def no_sync_unless_last(self, last: bool) -> ContextManager[Any]:
         """Reduce nothing here: `average_grads` does, whatever the wrapper waits for."""
@@ -159,12 +216,35 @@ def _buckets(params: Sequence[Parameter]) -> List[List[Parameter]]:
     return buckets
 
 
-def checked(losses: Tensor) -> Tensor:
-    """Return the losses that a closure returned.
+def _embeddings(model: Module) -> Module:
+    """Return the module of the word embeddings: a Hugging Face model's own, or the first there is.
 
     Raises:
-        ValueError: they are not one loss a sentence in float32 or better.
+        ValueError: there is none.
     """
+    inner: Any = getattr(model, "module", model)
+    if hasattr(inner, "get_input_embeddings"):
+        return inner.get_input_embeddings()
+    for module in inner.modules():
+        if isinstance(module, torch.nn.Embedding):
+            return module
+    raise ValueError("SharpnessAware: TRAM puts noise on word embeddings, and the model has none")
+
+
+def checked(found: Any, needs_outputs: bool) -> Outcome:
+    """Return what a closure returned.
+
+    Raises:
+        ValueError: the losses are not one a sentence in float32 or better, or there are no outputs
+            where they are needed.
+    """
+    losses, outputs = found if isinstance(found, tuple) and len(found) == 2 else (found, None)
+    if needs_outputs and not torch.is_tensor(outputs):
+        raise ValueError(
+            "the closure returned no outputs, which functional SAM and TRAM need beside the "
+            "losses; return the logits that they are computed from: logits = logits.float(); "
+            'return F.cross_entropy(logits, labels, reduction="none"), logits'
+        )
     if not torch.is_tensor(losses) or losses.dim() != 1:
         found = f"of shape {tuple(losses.shape)}" if torch.is_tensor(losses) else type(losses)
         raise ValueError(
@@ -177,4 +257,4 @@ def checked(losses: Tensor) -> Tensor:
             f"the closure returned losses in {losses.dtype}, too coarse for their differences; "
             "compute them in float32, from logits.float()"
         )
-    return losses
+    return Outcome(losses, outputs)

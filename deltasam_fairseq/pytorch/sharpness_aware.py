@@ -8,6 +8,7 @@ It takes the place of ``loss.backward()``. Optimizer, scheduler, clipping and Gr
 they are, because the weights are w again when it returns.
 """
 
+import functools
 import inspect
 import logging
 from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
@@ -17,17 +18,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
 
-from deltasam_fairseq.algorithms import multiplied_in, multiplies_in_tf32
+from deltasam_fairseq.algorithms import functional_loss, multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.core import (
     GSAM,
     Ascent,
     AscentFigures,
     DeltaWeighting,
     Descent,
+    FisherMask,
+    Functional,
     GibbsWeighting,
     Parts,
     Perturber,
     Radius,
+    TrustRegion,
     Weighting,
 )
 from deltasam_fairseq.core.rng_replay import furthest_off
@@ -35,7 +39,8 @@ from deltasam_fairseq.pytorch.passes import Closure, ClosurePasses
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ETA = 0.01
+# Of the adaptive methods; TRAM's T is |w|.
+ETAS = {"asam": 0.01, "tram": 0.0}
 
 
 def _delta_sam(radius: Radius, beta: float = 3.0) -> Parts:
@@ -53,6 +58,17 @@ def _gsam(radius: Radius, alpha: float = 0.4) -> Parts:
     return Parts(radius, descent=GSAM(alpha) if alpha else Descent())
 
 
+def _fsam(radius: Radius, share: float = 0.1, every: int = 100) -> Parts:
+    _require(0 < share <= 1, "share", share, "above 0, at most 1")
+    _require(every >= 1, "every", every, "a number of at least 1")
+    return Parts(radius, mask=FisherMask(share, every))
+
+
+def _tram(radius: Radius, sigma: float = 1e-3) -> Parts:
+    _require(sigma > 0, "sigma", sigma, "above 0")
+    return Parts(TrustRegion(radius.rho, sigma))
+
+
 # Method -> its parts, from the radius and the method's own hyperparameters.
 METHODS: Dict[str, Callable[..., Parts]] = {
     "sam": Parts,
@@ -60,6 +76,9 @@ METHODS: Dict[str, Callable[..., Parts]] = {
     "delta_sam": _delta_sam,
     "rw_sam": _rw_sam,
     "gsam": _gsam,
+    "functional": lambda radius: Parts(radius, descent=Functional()),
+    "fsam": _fsam,
+    "tram": _tram,
 }
 
 
@@ -75,14 +94,17 @@ class SharpnessAware:
             with weights of its own belongs in it. Weights that require no gradient stay as they
             are.
         method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``, ``rw_sam``
-            (Luo et al. 2025), ``gsam`` (Zhuang et al. 2022); or the `Parts` of another, for which
-            rho has no meaning.
+            (Luo et al. 2025), ``gsam`` (Zhuang et al. 2022), ``functional`` (Singh et al.
+            2025), ``fsam`` (Zhong et al. 2022), ``tram`` (Sherborne et al. 2024); or the `Parts` of
+            another, for which rho has no meaning.
         rho: radius of the perturbation, L2 norm in weight space, at least 0; 0: plain gradients.
             0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``. Or a `Radius`, such as
             `deltasam_fairseq.core.RhoAlongLR`.
         more: the method's own: ``beta`` of ``delta_sam``, strength of the reweighting, at least 0,
             default 3, 0 is SAM; ``lambda_`` of ``rw_sam`` likewise, default 2; ``alpha`` of
-            ``gsam``, at least 0, default 0.4.
+            ``gsam``, at least 0, default 0.4; ``share`` of the weights that move and ``every`` so
+            many updates renewed, of ``fsam``, default 0.1 and 100; ``sigma`` of ``tram``, standard
+            deviation of its noise on the word embeddings, default 1e-3, which has no rho.
         eta: added to ``|w|`` by ``asam``, and makes another method adaptive; unit of a weight.
         probe_radius: of delta-SAM's probe; default: rho, and in half precision a radius that
             the weights resolve.
@@ -125,8 +147,8 @@ class SharpnessAware:
                 f"{type(model).__name__}: its weights are in shards, whose norm no process knows; "
                 "use DistributedDataParallel"
             )
-        if eta is None and method == "asam":
-            eta = DEFAULT_ETA
+        if eta is None and isinstance(method, str):
+            eta = ETAS.get(method)
         parts = method if isinstance(method, Parts) else _parts(method, radius, more)
         self.model, self.reduction, self.seed = model, reduction, seed
         self.update = 0
@@ -164,7 +186,8 @@ class SharpnessAware:
 
         Args:
             closures: each computes the losses of the sentences of a micro-batch, shape (B,), in
-                float32 or better, under an autocast of its own if there is one. Several are one
+                float32 or better, under an autocast of its own if there is one; ``functional`` and
+                ``tram`` ask for these and the logits, shape (B, C) or (..., C). Several are one
                 global batch, as are those of all processes. Each is called two to four times,
                 with the same random numbers.
             scaler: a ``GradScaler``; the gradients are then scaled for it.
@@ -179,20 +202,22 @@ class SharpnessAware:
         closures = [closures] if callable(closures) else list(closures)
         _require(bool(closures), "closures", closures, "at least one")
         params = self.parameters()
+        parts, draw = self._perturber.parts, (self.seed, self.update)
         scale_loss = _unscaled if scaler is None else scaler.scale
+        passes_with = functools.partial(
+            ClosurePasses, closures, self.model, params, self._group, scale_loss, parts, draw
+        )
         if not self._looked:
-            self._look_at_first(
-                ClosurePasses(closures, self.model, params, self._group, scale_loss)
-            )
-        passes = ClosurePasses(closures, self.model, params, self._group, scale_loss, self._divisor)
+            self._look_at_first(passes_with())
+        passes = passes_with(divisor=self._divisor)
         accumulated = [(p, p.grad) for p in params]
         if getattr(self.model, "gradient_as_bucket_view", False):  # the next reduction overwrites
             accumulated = [(p, g if g is None else g.clone()) for p, g in accumulated]
         try:
             _forget_gradients(params)
             figures = None
-            if self._perturber.parts.radius.active(self.update):
-                figures = self._ascent.run(passes, self.seed, self.update)
+            if parts.radius.active(self.update):
+                figures = self._ascent.run(passes, *draw)
                 _forget_gradients(params)
             perturbed = self._descend(passes, figures, scale)
         except BaseException:
@@ -221,15 +246,17 @@ class SharpnessAware:
         passes.replay()
         for i in range(passes.count):
             with passes.without_sync(i < passes.count - 1):
-                losses = passes.forward(i)
-                perturbed.append(losses.detach())
+                found = passes.forward(i)
+                perturbed.append(found.losses.detach())
                 if figures is None:
-                    passes.log(i, losses)
+                    passes.log(i, found)
                     if i == passes.count - 1:  # now the number of all sentences is known
                         factor = self._factor(passes, figures, scale)
                         unscaled = [p.grad for p in self.parameters() if p.grad is not None]
                         _multiply(unscaled, factor * self._divisor)
-                loss = descent.loss(i, losses)
+                loss = descent.loss(i, found.losses)
+                if found.outputs is not None and i in passes.deltas:
+                    loss = functional_loss(loss, [found.outputs], [passes.deltas[i]])
                 passes.backward(loss, 1 / self._divisor if factor is None else factor)
         if descent.corrects and figures is not None and factor is not None:
             # The ascent's gradient is in the units of its own factor.
@@ -265,9 +292,9 @@ class SharpnessAware:
         try:
             with torch.no_grad():
                 passes.replay()
-                first = passes.forward(0)
+                clean = passes.forward(0)
                 passes.replay()
-                second = passes.forward(0)
+                first, second = clean.losses, passes.forward(0).losses
             passes.replay()
         finally:
             for hook in hooks:
@@ -285,7 +312,7 @@ class SharpnessAware:
                 "suspected"
             )
         if not self._divisor:
-            passes.log(0, first)
+            passes.log(0, clean)
             passes.count_sentences()
             self._divisor = float(passes.n) * passes.count
         self._looked = True
@@ -334,7 +361,7 @@ class SharpnessAware:
         sentences: ``delta_sam_effective``, the effective share of instances, 1/N to 1, and
         ``delta_sam_negative``, the share with a negative weight. In half precision:
         ``sam_realised``, the share of the ascent that survived rounding, and
-        ``delta_sam_radius``, of the probe.
+        ``delta_sam_radius``, of the probe. Where they vary: ``sam_rho``; ``sam_mask_share``.
         """
         if self._last is None:
             return {}
@@ -344,8 +371,8 @@ class SharpnessAware:
             figures["sam_loss"] = perturbed.mean()
             figures["sharpness"] = (perturbed.double() - clean.double()).mean()
             figures["ascent_gnorm"] = found.gnorm / n
-            if found.realised is not None:
-                figures["sam_realised"] = found.realised
+            figures["sam_realised"] = found.realised
+            figures["sam_rho"], figures["sam_mask_share"] = found.rho, found.mask_share
         if found is not None and found.reweighting is not None:
             r = found.reweighting
             figures["delta_sam_r"] = r.r
@@ -358,7 +385,8 @@ class SharpnessAware:
 
     def state_dict(self) -> Dict[str, Any]:
         """Return what an exact continuation needs beside model, optimizer and generators."""
-        return {"update": self.update, "seed": self.seed, "divisor": self._divisor}
+        own = {"update": self.update, "seed": self.seed, "divisor": self._divisor}
+        return {**own, "mask": self._perturber.parts.mask.state_dict()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a `state_dict`.
@@ -369,6 +397,7 @@ class SharpnessAware:
         missing = [key for key in self.state_dict() if key not in state]
         _require(not missing, "state", f"without {missing}", "what state_dict() returned")
         self.update, self.seed, self._divisor = state["update"], state["seed"], state["divisor"]
+        self._perturber.parts.mask.load_state_dict(state["mask"])
 
 
 def _bits(dtype: torch.dtype) -> int:

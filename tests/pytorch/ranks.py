@@ -13,11 +13,14 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from deltasam_fairseq.pytorch import METHODS, SharpnessAware
+from deltasam_fairseq.pytorch import SharpnessAware
 from tests.pytorch import small
 
 # Sizes of the micro-batches of each rank; one process has all four.
 SIZES = ((1, 2), (2, 1))
+
+
+METHODS = [*small.PLAIN, "functional"]
 
 
 def train(method, closures_of, wrap=None, seen=None):
@@ -30,7 +33,7 @@ def train(method, closures_of, wrap=None, seen=None):
         optimizer.zero_grad()
         if seen is not None:
             seen.clear()
-        sam.backward(closures_of(wrapped))
+        sam.backward(closures_of(wrapped, outputs=method == "functional"))
         optimizer.step()
     return small.weights(model), small.gradients(model)
 
@@ -46,9 +49,9 @@ def main(folder, port, rank):
 
     dist.all_reduce = counting
 
-    def own(model):
+    def own(model, outputs):
         sizes = [size for each in SIZES for size in each]
-        closures = small.closures(model, *sizes, dtype=torch.float64)
+        closures = small.closures(model, *sizes, dtype=torch.float64, outputs=outputs)
         return closures[2 * rank : 2 * rank + 2]
 
     found = {}

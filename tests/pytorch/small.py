@@ -1,10 +1,16 @@
 """A small classifier, its sentences, and their losses as closures."""
 
+import functools
+
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deltasam_fairseq.pytorch import METHODS
+
 N, WIDTH = 6, 4
+# Methods that need no outputs beside the losses.
+PLAIN = sorted(set(METHODS) - {"functional", "tram"})
 
 
 def model(dropout=0.3, dtype=torch.float32):
@@ -19,14 +25,17 @@ def sentences(dtype=torch.float32):
     return x.to(dtype), torch.tensor([0, 1, 0, 1, 1, 0])
 
 
-def closures(module, *sizes, dtype=torch.float32):
-    """One closure a micro-batch of these sizes; default: one of all."""
+def closures(module, *sizes, dtype=torch.float32, outputs=False):
+    """One closure a micro-batch of these sizes; default: one of all. With ``outputs`` also z."""
     x, y = sentences(dtype)
     parts = zip(x.split(list(sizes or [N])), y.split(list(sizes or [N])))
-    return [
-        lambda a=a, b=b: F.cross_entropy(at_least_float32(module(a)), b, reduction="none")
-        for a, b in parts
-    ]
+
+    def losses(a, b):
+        z = at_least_float32(module(a))
+        found = F.cross_entropy(z, b, reduction="none")
+        return (found, z) if outputs else found
+
+    return [functools.partial(losses, *part) for part in parts]
 
 
 def at_least_float32(x):

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from deltasam_fairseq.criterions import per_sentence_losses
+from deltasam_fairseq.criterions.outputs import LogitsModel
 from deltasam_fairseq.optim import sharpness_aware
-from deltasam_fairseq.pytorch import METHODS, SharpnessAware
+from deltasam_fairseq.pytorch import SharpnessAware
 from tests.helpers import tiny
 from tests.helpers.float64_criterion import Float64SentencePrediction  # noqa: F401
 from tests.pytorch import small
@@ -18,6 +19,8 @@ OPTIONS = {
     "asam": ["sam_sgd", "--sam-adaptive"],
     "delta_sam": ["delta_sam_sgd", "--delta-sam-beta", "3"],
     "rw_sam": ["delta_sam_sgd", "--delta-sam-weights", "gibbs", "--delta-sam-lambda", "2"],
+    "functional": ["sam_sgd", "--sam-functional"],
+    "fsam": ["sam_sgd", "--sam-mask", "fisher", "--sam-mask-share", "0.1"],
     "gsam": ["sam_sgd", "--sam-gsam-alpha", "0.4"],
 }
 
@@ -41,7 +44,7 @@ def record(perturber, seen):
 
 
 @pytest.mark.parametrize("micro_batches", [1, 2])
-@pytest.mark.parametrize("method", sorted(METHODS))
+@pytest.mark.parametrize("method", sorted(OPTIONS))
 def test_same_updates(classification, tmp_path, method, micro_batches):
     """g'_j, w + eps* and the weights of three updates, with dropout; to float64 rounding."""
     argv = tiny.arguments(
@@ -58,12 +61,17 @@ def test_same_updates(classification, tmp_path, method, micro_batches):
     record(sharpness_aware(trainer.optimizer).core, seen[0])
     record(sam._perturber, seen[1])
     samples = tiny.batches(trainer)
+
+    def losses(sample):
+        seeing = LogitsModel(model, cut=False)
+        return per_sentence_losses(criterion, seeing, sample).losses, seeing.logits[0]
+
     for update in range(3):
         batch = samples[update : update + micro_batches]
         trainer.train_step(batch)
         model.train()
         torch.manual_seed(trainer.cfg.common.seed + update)
-        sam.backward([lambda s=s: per_sentence_losses(criterion, model, s).losses for s in batch])
+        sam.backward([lambda s=s: losses(s) for s in batch])
         optimizer.step()
         optimizer.zero_grad()
     assert len(seen[0]) == len(seen[1]) == (6 if "delta_sam_sgd" in OPTIONS[method] else 3)

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.utils import parameters_to_vector
 
 from deltasam_fairseq.algorithms import draw_direction_, probe_generator, reference
-from deltasam_fairseq.pytorch import METHODS, SharpnessAware
+from deltasam_fairseq.pytorch import SharpnessAware
 from tests.pytorch import small
 
 try:
@@ -20,10 +20,11 @@ except ImportError:  # torch < 2.0
     from torch.nn.utils.stateless import functional_call
 
 RHO, BETA, ETA = 0.05, 3.0, 0.01
+SHARE = 0.12  # 7 of 58 weights; the two logits' weights are alike, and both in or both out
 scaling = pytest.mark.skipif(
     not hasattr(torch.amp, "GradScaler"), reason="torch < 2.3: no GradScaler on a CPU"
 )
-each_method = pytest.mark.parametrize("method", sorted(METHODS))
+each_method = pytest.mark.parametrize("method", small.PLAIN)
 FLOAT64 = {"rtol": 1e-9, "atol": 1e-12}  # rounding, in another order of summation
 
 
@@ -73,16 +74,76 @@ def test_equals_the_reference(method, sizes):
         "asam": lambda: reference.asam_reference(losses, w, RHO, ETA),
         "rw_sam": lambda: reference.rw_sam_reference(losses, w, u.sign(), RHO, 2.0),
         "gsam": lambda: reference.sam_reference(losses, w, RHO),
+        "fsam": lambda: fsam_eps(losses, w),
         "delta_sam": lambda: reference.delta_sam_reference(losses, w, u, RHO, BETA).eps,
     }[method]()
     uniform = torch.full((small.N,), 1 / small.N, dtype=torch.float64)
     expected = reference.gradient(losses, w + eps, uniform)
     if method == "gsam":
         expected = reference.gsam_reference(losses, w, RHO, 0.4)
-    sam = SharpnessAware(model, method, RHO, seed=7)
+    more = {"share": SHARE} if method == "fsam" else {}
+    sam = SharpnessAware(model, method, RHO, seed=7, **more)
     clean = sam.backward(small.closures(model, *sizes, dtype=torch.float64))
     torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
     torch.testing.assert_close(clean, losses(w))
+
+
+def fsam_eps(losses, w):
+    g = reference.gradient(losses, w, torch.full((small.N,), 1 / small.N, dtype=w.dtype))
+    return reference.perturbation(g * reference.fisher_reference(losses, w, SHARE), RHO)
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 3, 2]])
+def test_functional_equals_the_reference(sizes):
+    model = small.model(dropout=0.0, dtype=torch.float64)
+    x, y = small.sentences(torch.float64)
+    names = [name for name, _ in model.named_parameters()]
+
+    def outputs(w):
+        pieces = w.split([p.numel() for p in model.parameters()])
+        own = {n: v.view_as(p) for n, v, p in zip(names, pieces, model.parameters())}
+        return functional_call(model, own, (x,))
+
+    w = losses_of(model)[1]
+    expected = reference.functional_reference(outputs, lambda z: F.cross_entropy(z, y), w, RHO)
+    closures = small.closures(model, *sizes, dtype=torch.float64, outputs=True)
+    SharpnessAware(model, "functional", RHO).backward(closures)
+    torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
+    with pytest.raises(ValueError, match="no outputs"):
+        SharpnessAware(model, "functional").backward(small.closures(model, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sizes", [[6], [2, 4]])
+def test_trust_region(sizes):
+    """eps = d w^2 g / ||w g||; d grows with the square of the noise, and needs embeddings."""
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Flatten(), nn.Linear(12, 2)).double()
+    x, y = torch.arange(18).view(6, 3) % 9, torch.tensor([0, 1] * 3)
+
+    def losses(a, b):
+        z = model(a)
+        return F.cross_entropy(z, b, reduction="none"), z
+
+    parts = list(zip(x.split(sizes), y.split(sizes)))
+    closures = [lambda part=part: losses(*part) for part in parts]
+    radii, before = [], small.weights(model)
+    for sigma in (1e-3, 2e-3):
+        seen = []
+        sam, hook = SharpnessAware(model, "tram", sigma=sigma), None
+        hook = model.register_forward_pre_hook(lambda *_, to=seen: to.append(small.weights(model)))
+        sam.backward(closures)
+        hook.remove()
+        radii.append(sam.figures()["sam_rho"])
+    assert radii[0] > 0 and radii[1] / radii[0] == pytest.approx(4, rel=0.01)
+    model.zero_grad()
+    F.cross_entropy(model(x), y).backward()
+    g = [p.grad for p in model.parameters()]
+    norm = torch.cat([(w * d).flatten() for w, d in zip(before, g)]).norm()
+    expected = [w + radii[1] * w**2 * d / norm for w, d in zip(before, g)]
+    torch.testing.assert_close(seen[-1], expected, **FLOAT64)
+    assert all(map(torch.equal, small.weights(model), before))
+    without = small.model()
+    with pytest.raises(ValueError, match="the model has none"):
+        SharpnessAware(without, "tram").backward(small.closures(without, outputs=True))
 
 
 def test_a_backward_for_each_group_is_m_sharpness():
@@ -381,6 +442,10 @@ def test_an_error_in_a_closure_leaves_weights_and_gradients(moment):
         ({"beta": -1.0}, "beta -1.0"),
         ({"eta": -1.0}, "eta -1.0"),
         ({"method": "gsam", "alpha": -1.0}, "alpha -1.0"),
+        ({"method": "rw_sam", "lambda_": -1.0}, "lambda_ -1.0"),
+        ({"method": "fsam", "share": 0.0}, "share 0.0"),
+        ({"method": "fsam", "every": 0}, "every 0"),
+        ({"method": "tram", "sigma": 0.0}, "sigma 0.0"),
         ({"method": "sam", "beta": 3.0}, "beta 3.0; allowed: with method 'sam' only"),
         ({"probe_radius": 0.0}, "probe_radius 0.0; allowed: above 0"),
         ({"reduction": "max"}, "reduction 'max'"),
@@ -398,7 +463,7 @@ def test_closures_that_cannot_be_used():
     for losses, match in (
         (lambda: closure().mean(), r"of shape \(\); return one loss a sentence"),
         (lambda: closure().half(), "in torch.float16, too coarse"),
-        (lambda: (closure(), 1), "tuple"),
+        (lambda: (closure(), 1, 2), "tuple"),
         (lambda: closure() + torch.rand(1, generator=own), "two calls of a closure"),
     ):
         with pytest.raises(ValueError, match=match):
