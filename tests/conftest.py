@@ -17,7 +17,7 @@ fast_config.install()
 # Folders and files, below tests/, of what starts programs or trains for long: `make test-fast`
 # leaves them out.
 SLOW = (
-    *("average", "cli", "convert", "distributed", "scripts", "sharpness"),
+    *("average", "cli", "convert", "distributed", "scripts", "sharpness", "sts"),
     *("examples/test_files.py", "examples/test_generation.py", "examples/test_glue_run.py"),
     *("examples/test_experiments.py", "examples/test_warm.py"),
     *("glue/test_predict.py", "glue/test_prepare.py", "squad/test_predict.py"),
