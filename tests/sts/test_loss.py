@@ -261,6 +261,19 @@ def test_duplicates_are_said(sentence_embedding, tmp_path, caplog):
     assert "1 of 33 sentences repeat an earlier one" in caplog.text
 
 
+def test_scores_keep_their_precision_in_half_precision(tmp_path):
+    """0.6534 and 0.6535 are one number in float16; a tie that is none would move Spearman."""
+    data = tiny.write_sentences(tmp_path / "data")
+    (data / "valid.tsv").write_text("0.6534\tw1\tw2\n0.6535\tw1\tw3\n1\tw2\tw3\n")
+    trainer = trainer_of(data, tmp_path, "--memory-efficient-fp16")
+    trainer.task.load_dataset("valid")
+    pairs = trainer.task.dataset("valid")
+    sample, _ = trainer._prepare_sample(pairs.collater([pairs[i] for i in range(3)]))
+    assert sample["target"][0] == sample["target"][1]
+    criterion, model = trainer.get_criterion(), trainer.get_model().eval()
+    assert criterion(model, sample)[2]["gold"] == [0.6534, 0.6535, 1.0]
+
+
 def test_per_sentence_losses_add_up(sentence_embedding, tmp_path):
     trainer = trainer_of(sentence_embedding, tmp_path)
     sample = tiny.batches(trainer)[0]
