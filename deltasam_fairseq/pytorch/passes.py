@@ -157,13 +157,31 @@ class ClosurePasses(Passes[Outcome]):
         Args:
             reweighting: of the ascent, which has counted them.
         """
-        self.n: Union[int, Tensor] = sum(len(losses) for losses in self.clean.values())
-        if self._group is not None and reweighting is not None:
-            self.n = reweighting.n
-        elif self._group is not None:
-            device = self._params[0].device
-            self.n = torch.full((), self.n, dtype=torch.float64, device=device)
-            self.reduce(self.n)
+        own = sum(len(losses) for losses in self.clean.values())
+        counted = self._group is not None and reweighting is not None
+        self.n = reweighting.n if counted and reweighting else self.sum_over_processes(own)
+
+    def require_same_count(self) -> None:
+        """Compare the number of micro-batches; waits for the device.
+
+        Raises:
+            ValueError: it is not the same on every process; on every process.
+        """
+        most = torch.tensor([self.count, -self.count], device=self._params[0].device)
+        self.reduce(most, op="max")
+        if most[0] != -most[1]:
+            raise ValueError(
+                f"SharpnessAware: {self.count} micro-batches here, on other processes {-most[1]} "
+                f"to {most[0]}; pass the same number on every process, of any sizes"
+            )
+
+    def sum_over_processes(self, n: int) -> Union[int, Tensor]:
+        """Return ``n`` added up over all processes: 0-dim float64 on the device if several."""
+        if self._group is None:
+            return n
+        total = torch.full((), n, dtype=torch.float64, device=self._params[0].device)
+        self.reduce(total)
+        return total
 
     def backward_batch_loss(self, i: int) -> None:
         found = self.forward(i)
@@ -195,7 +213,7 @@ class ClosurePasses(Passes[Outcome]):
             return
         for params in _buckets(self._params):
             for p in params:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
             grads = [p.grad for p in params if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads]) / self.world
             dist.all_reduce(flat, group=self._group)

@@ -28,6 +28,7 @@ from deltasam_fairseq.core import (
     FisherMask,
     Functional,
     GibbsWeighting,
+    Mask,
     Parts,
     Perturber,
     Radius,
@@ -155,13 +156,12 @@ class SharpnessAware:
         self._perturber = Perturber(parts, eta, probe_radius)
         self._ascent = Ascent(self._perturber, self.parameters)
         self._group = getattr(model, "process_group", process_group)
-        if self._group is None and dist.is_available() and dist.is_initialized():
-            self._group = process_group
-            if dist.get_world_size() > 1:
-                logger.warning(
-                    "SharpnessAware: the model is not in DistributedDataParallel, so every process "
-                    "makes a perturbation of its own; pass the wrapped model, or process_group"
-                )
+        several = dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+        if several and self._group is None:
+            logger.warning(
+                "SharpnessAware: the model is not in DistributedDataParallel, so every process "
+                "makes a perturbation of its own; pass the wrapped model, or process_group"
+            )
         self._compute_dtype = compute_dtype
         self._divisor = 0.0  # of the ascent's sum of losses: the first batch's sentences
         self._looked = False
@@ -188,8 +188,8 @@ class SharpnessAware:
             closures: each computes the losses of the sentences of a micro-batch, shape (B,), in
                 float32 or better, under an autocast of its own if there is one; ``functional`` and
                 ``tram`` ask for these and the logits, shape (B, C) or (..., C). Several are one
-                global batch, as are those of all processes. Each is called two to four times,
-                with the same random numbers.
+                global batch, as are those of all processes, as many on each. Each is called two to
+                four times, with the same random numbers.
             scaler: a ``GradScaler``; the gradients are then scaled for it.
             scale: of the gradients, beside; for a loop that divides by a number of its own.
 
@@ -280,8 +280,10 @@ class SharpnessAware:
         """Find the precision of the forward, and require that forwards replay; once.
 
         Raises:
-            ValueError: the same sentences have other losses in a second call.
+            ValueError: the same sentences have other losses in a second call, or processes have
+                different numbers of micro-batches.
         """
+        passes.require_same_count()
         found: List[torch.dtype] = []
 
         def note(module: Module, _: Any) -> None:
@@ -292,9 +294,9 @@ class SharpnessAware:
         try:
             with torch.no_grad():
                 passes.replay()
-                clean = passes.forward(0)
+                first = passes.forward(0).losses
                 passes.replay()
-                first, second = clean.losses, passes.forward(0).losses
+                second = passes.forward(0).losses
             passes.replay()
         finally:
             for hook in hooks:
@@ -312,9 +314,7 @@ class SharpnessAware:
                 "suspected"
             )
         if not self._divisor:
-            passes.log(0, clean)
-            passes.count_sentences()
-            self._divisor = float(passes.n) * passes.count
+            self._divisor = float(passes.sum_over_processes(len(first) * passes.count))
         self._looked = True
 
     def _compute_in(self, dtype: torch.dtype) -> None:
@@ -331,10 +331,12 @@ class SharpnessAware:
         that a GradScaler scaled must be unscaled before.
 
         Raises:
-            ValueError: for a method that weighs sentences.
+            ValueError: for another method.
         """
         parts = self._perturber.parts
-        _require(not parts.weighting.probes, "method", "one that weighs sentences", "sam, asam")
+        own = type(parts.weighting), type(parts.mask), type(parts.descent)
+        simple = own == (Weighting, Mask, Descent) and not parts.radius.needs_outputs
+        _require(simple, "method", "of first_step", "sam, asam")
         self._perturber.restore()
         self._perturber.rho = parts.radius.in_force(self.update, None)
         self._perturber.ascend(self.parameters(), self.seed, self.update)

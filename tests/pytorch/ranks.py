@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from deltasam_fairseq.pytorch import SharpnessAware
 from tests.pytorch import small
 
-# Sizes of the micro-batches of each rank; one process has all four.
+# Sizes of the micro-batches of each rank; one process has all in one.
 SIZES = ((1, 2), (2, 1))
 
 
@@ -52,7 +52,7 @@ def main(folder, port, rank):
     def own(model, outputs):
         sizes = [size for each in SIZES for size in each]
         closures = small.closures(model, *sizes, dtype=torch.float64, outputs=outputs)
-        return closures[2 * rank : 2 * rank + 2]
+        return closures[2:] if rank else closures[:2]
 
     found = {}
     for bucket_view in (False, True):
@@ -60,6 +60,11 @@ def main(folder, port, rank):
         for method in METHODS:
             ends = train(method, own, wrap, seen)
             found[method, bucket_view] = (*ends, list(seen))
+    model = DistributedDataParallel(small.model())
+    try:
+        SharpnessAware(model).backward(small.closures(model, *([6] if rank else [3, 3])))
+    except ValueError as e:
+        found["error"] = str(e)
     torch.save(found, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 

@@ -32,6 +32,12 @@ def test_equal_to_one_process(found, method, bucket_view):
     torch.testing.assert_close((weights, gradients), expected, rtol=1e-9, atol=1e-12)
 
 
+def test_other_numbers_of_micro_batches_are_refused(found):
+    """On both ranks, in the first update, where they would wait for each other."""
+    for rank, each in enumerate(found):
+        assert f"{2 - rank} micro-batches here" in each["error"], each["error"]
+
+
 def test_what_is_reduced(found):
     """The ascent's gradients once, and four numbers for delta-SAM or one for SAM.
 

@@ -409,8 +409,9 @@ def test_two_steps_equal_one_backward(method):
             assert model[0].weight.grad is None
         ends.append(parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*ends)
-    with pytest.raises(ValueError, match="sam, asam"):
-        SharpnessAware(model, "delta_sam").first_step()
+    for other in ("delta_sam", "gsam", "fsam", "tram"):
+        with pytest.raises(ValueError, match="sam, asam"):
+            SharpnessAware(model, other).first_step()
 
 
 @pytest.mark.parametrize("moment", range(2, 5))
