@@ -276,6 +276,13 @@ def check_config(cfg: Any) -> None:
         return
     check_optimizer_config(cfg.optimizer)
     _check_seam(cfg, f"--optimizer {optimizer}", "each rank would perturb and step on its own")
+    criterion = CRITERION_REGISTRY.get(_name(cfg.criterion))
+    if cfg.optimizer.sam_micro and not getattr(criterion, "sentences_are_independent", True):
+        raise ValueError(
+            f"--sam-micro {cfg.optimizer.sam_micro} cannot be combined with --criterion "
+            f"{_name(cfg.criterion)}: the loss of a sentence depends on the others of its "
+            "mini-batch, which groups would take away; drop --sam-micro"
+        )
     if weights_strength(cfg.optimizer) and cfg.optimizer.sam_rho:
         _check_delta_sam(cfg, optimizer)
     if cfg.optimizer.sam_mask != "none" and getattr(cfg.model, "checkpoint_activations", False):

@@ -39,6 +39,18 @@ class RngReplay:
         self._buffers = [(buffer, buffer.clone()) for buffer in buffers]
         self._host: Optional[Tuple] = (random.getstate(), np.random.get_state()) if host else None
 
+    def from_here(self) -> "RngReplay":
+        """Return another one, of where the generators and the buffers are now."""
+        cpu = torch.get_rng_state()
+        device = torch.cuda.get_rng_state() if torch.cuda.is_initialized() else None
+
+        def restore() -> None:
+            torch.set_rng_state(cpu)
+            if device is not None:
+                torch.cuda.set_rng_state(device)
+
+        return RngReplay(restore, self._host is not None, [buffer for buffer, _ in self._buffers])
+
     def __call__(self) -> None:
         self._set_seed()
         for buffer, value in self._buffers:

@@ -61,6 +61,15 @@ class SAMConfig(FairseqDataclass):
             "without communication in the ascent. The same with one process"
         },
     )
+    sam_micro: Optional[int] = option(
+        None,
+        "number of sentences in a group that has a perturbation of its own (m-sharpness, Foret et "
+        "al. 2020, section 4.1); 1: per-instance perturbation (delta-SAM paper, Eq. 2). Default: "
+        "one group, SAM. The arithmetic is SAM's, a group at a time; a group that spans ranks "
+        "costs one more reduction of gradients, none does where it divides every mini-batch",
+        remedy="1 perturbs every sentence on its own; omit it for SAM",
+        at_least=1,
+    )
     sam_ascent_fraction: float = option(
         1.0,
         "share of the sentences of every micro-batch that the ascent's gradient is "
@@ -246,7 +255,19 @@ _WHOLE_GRADIENT = (
     "GSAM needs the gradient of the whole batch's loss at w, for all weights; drop one"
 )
 _NO_RHO = "a trust region takes the place of rho; drop one"
+_GROUPS = "the groups of --sam-micro have gradients and perturbations of their own; drop one"
 CONFLICTS: Tuple[Conflict, ...] = (
+    Conflict("sam_micro", "delta_sam_weights", f"{_GROUPS}, or use --optimizer sam_*"),
+    Conflict("sam_micro", "sam_ascent_fraction", _GROUPS),
+    Conflict(
+        "sam_micro",
+        "sam_scope",
+        "both say which sentences share a perturbation: M of --sam-micro, or a rank's; drop one",
+    ),
+    Conflict("sam_micro", "sam_gsam_alpha", _GROUPS),
+    Conflict("sam_micro", "sam_functional", _GROUPS),
+    Conflict("sam_micro", "sam_mask", _GROUPS),
+    Conflict("sam_micro", "sam_radius", _GROUPS),
     Conflict("delta_sam_weights", "sam_gsam_alpha", f"{_WHOLE_GRADIENT}, or use --optimizer sam_*"),
     Conflict("sam_gsam_alpha", "sam_only", _WHOLE_GRADIENT),
     Conflict("sam_gsam_alpha", "sam_ascent_fraction", _WHOLE_GRADIENT),

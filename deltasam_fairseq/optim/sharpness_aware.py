@@ -55,6 +55,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         self.start_update: int = cfg.sam_start_update
         self.per_rank: bool = cfg.sam_scope == "rank"
         self.ascent_fraction: float = cfg.sam_ascent_fraction
+        self.micro: Optional[int] = cfg.sam_micro
         self.every: int = cfg.sam_every
         self.only: Optional[str] = cfg.sam_only
         self.core = Perturber(
@@ -72,6 +73,8 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
         if core.eta is not None:
             parts.append(f"adaptive, eta {core.eta:g}")
         parts += filter(None, (core.parts.mask.describe(), core.parts.descent.describe()))
+        if self.micro is not None:
+            parts.append(f"one ascent for every {self.micro} sentences")
         if self.per_rank:
             parts.append("each rank from its own shard")
         if self.ascent_fraction < 1:

@@ -4,7 +4,7 @@
 """
 
 import contextlib
-from typing import Any, ContextManager, Dict, List, Optional, Tuple, Union
+from typing import Any, Callable, ContextManager, Dict, List, Optional, Sequence, Tuple, Union
 
 import torch
 from fairseq.distributed import utils as distributed_utils
@@ -83,10 +83,27 @@ class AscentStep:
             passes.check_per_sentence_losses()
             self._losses_checked = True
         passes.metrics.figures = self._ascent.run(passes, *draw)
-        if self._sync.needed and sam.core.draws and not self._draws_compared:
-            passes.metrics.drawn = sam.core.drawn(self._weights.parameters(), *draw)
-            self._draws_compared = True
+        self._compare_draws(passes.metrics)
         return passes.metrics
+
+    def samples_of_descent(
+        self, ready: List[Any], errors: Callable[[], ContextManager[None]]
+    ) -> Sequence[Any]:
+        """Return the micro-batches of fairseq's own step, at ``w + eps*``.
+
+        Args:
+            ready: those of the update.
+            errors: the context of an ascent, where one is made while fairseq reads them.
+        """
+        return ready
+
+    def _compare_draws(self, log: StepMetrics) -> None:
+        """Let the ranks compare their random numbers, once a run."""
+        trainer, core = self._trainer, self._sam.core
+        if self._sync.needed and core.draws and not self._draws_compared:
+            draw = trainer.cfg.common.seed, trainer.get_num_updates()
+            log.drawn = core.drawn(self._weights.parameters(), *draw)
+            self._draws_compared = True
 
 
 class FairseqPasses(Passes[PerSentence]):
@@ -94,6 +111,7 @@ class FairseqPasses(Passes[PerSentence]):
 
     Args:
         sync: decides what is reduced over ranks.
+        metrics: to collect into; default: new ones.
         others: see `AscentStep` and `AscentStep.run`.
 
     Attributes:
@@ -109,6 +127,7 @@ class FairseqPasses(Passes[PerSentence]):
         samples: List[Prepared],
         replay: RngReplay,
         loss_scale: Union[float, Tensor],
+        metrics: Optional[StepMetrics] = None,
     ) -> None:
         self.count = len(samples)
         self.partial = sam.ascent_fraction < 1
@@ -121,7 +140,7 @@ class FairseqPasses(Passes[PerSentence]):
         self._generator = update_generator(*draw, torch.device("cpu"), trainer.data_parallel_rank)
         sums = trainer.task.logging_outputs_can_be_summed(trainer.get_criterion())
         estimated = self.partial and not sam.core.parts.weighting.probes
-        self.metrics = StepMetrics(sam.per_rank, estimated, sums)
+        self.metrics = metrics or StepMetrics(sam.per_rank, estimated, sums)
 
     def replay(self) -> None:
         self._replay()

@@ -11,6 +11,7 @@ fairseq's passes, ``algorithms`` has the mathematics, ``criterions`` computes th
 """
 
 import contextlib
+import functools
 import logging
 import os
 from typing import Any, Dict, Iterator, List, Optional, Union
@@ -33,7 +34,7 @@ from deltasam_fairseq.optim import (
     masters_of,
     sharpness_aware,
 )
-from deltasam_fairseq.trainer.ascent import AscentStep, Prepared, autocast
+from deltasam_fairseq.trainer.ascent import AscentStep, autocast
 from deltasam_fairseq.trainer.averaging import AveragingTrainer
 from deltasam_fairseq.trainer.checkpoint_state import (
     accept_same_base_optimizer,
@@ -41,6 +42,7 @@ from deltasam_fairseq.trainer.checkpoint_state import (
     fitting_to_data,
     load_extra_checkpoint_state,
 )
+from deltasam_fairseq.trainer.groups import GroupedAscents, GroupedSamples
 from deltasam_fairseq.trainer.metrics import (
     StepMetrics,
     drop_meters_of_ascent,
@@ -57,6 +59,10 @@ _AMP = (
     "and the like are smaller by the scale. --fp16 has no such fault (docs/half_precision.md)"
 )
 _AMP_ON_A_CPU = "--amp: fairseq casts on GPUs only; without one this run computes in float32"
+
+
+class _SkipBatch(Exception):
+    """The ascent ran out of memory, and the update is left out."""
 
 
 class SharpnessAwareTrainer(AveragingTrainer):
@@ -98,7 +104,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
             tf32 = multiplies_in_tf32(self.device)
             copies = masters_of(self._optimizer), tf32, gradients_of_masters(self._optimizer)
             sam.core.compute_in(self._compute_dtype(), *copies)
-            self._ascent_step = AscentStep(self, sam, weights)
+            ascents = AscentStep if sam.micro is None else GroupedAscents
+            self._ascent_step = ascents(self, sam, weights)
             logger.info(sam.describe())
             if isinstance(self._optimizer, AMPOptimizer):
                 logger.warning(_AMP if self._optimizer.scaler.is_enabled() else _AMP_ON_A_CPU)
@@ -112,6 +119,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
     @metrics.aggregate("train")
     def train_step(self, samples: List[Any], raise_oom: bool = False) -> Any:
         """One update; the arguments and the result are fairseq's."""
+        if isinstance(samples, GroupedSamples):  # --amp repeats an update by what it was given
+            samples = samples.whole
         sam, criterion = sharpness_aware(self.optimizer), self.get_criterion()
         if not isinstance(criterion, RegularisedCriterion):
             return self._update(sam, samples, raise_oom)
@@ -172,15 +181,23 @@ class SharpnessAwareTrainer(AveragingTrainer):
         )
         try:
             metrics.log_start_time("train_wall", priority=800, round=0)
-            perturbed = self._ascent_or_skip_batch(prepared, replay, raise_oom)
+            errors = functools.partial(self._errors_of_ascent, raise_oom)
+            with errors():
+                self._step_metrics = self._ascent_step.run(
+                    prepared, replay, self._unread_loss_scale()
+                )
             metrics.log_stop_time("train_wall")
-            if not perturbed:
-                return None
             replay()
             # fairseq's preparation leaves a sample on the device as it is; a missing micro-batch
             # must stay missing, so that fairseq sees a dummy.
             ready = [raw if dummy else on for raw, (on, dummy) in zip(samples, prepared)]
-            return self._descend(ready, raise_oom)
+            return self._descend(self._ascent_step.samples_of_descent(ready, errors), raise_oom)
+        except _SkipBatch:
+            metrics.log_stop_time("train_wall")
+            self.zero_grad()
+            if self.cuda:
+                torch.cuda.empty_cache()
+            return None
         finally:
             sam.restore()
             self._step_metrics = None
@@ -257,19 +274,16 @@ class SharpnessAwareTrainer(AveragingTrainer):
 
     # What fairseq's train_step does around forward and backward
 
-    def _ascent_or_skip_batch(
-        self, samples: List[Prepared], replay: RngReplay, raise_oom: bool
-    ) -> bool:
-        """Perturb the weights; treat errors as fairseq's train_step treats them.
+    @contextlib.contextmanager
+    def _errors_of_ascent(self, raise_oom: bool) -> Iterator[None]:
+        """Treat errors of an ascent as fairseq's train_step treats those of its passes.
 
-        Returns:
-            whether the weights are at ``w + eps*``; False if the batch is to be skipped.
+        Raises:
+            _SkipBatch: out of memory, where fairseq would skip the batch.
         """
         try:
             with torch.autograd.profiler.record_function("sam-ascent"):
-                self._step_metrics = self._ascent_step.run(
-                    samples, replay, self._unread_loss_scale()
-                )
+                yield
         except RuntimeError as e:
             if "out of memory" not in str(e):
                 raise
@@ -277,15 +291,11 @@ class SharpnessAwareTrainer(AveragingTrainer):
             if raise_oom or self.data_parallel_world_size > 1:
                 raise
             logger.warning("attempting to recover from OOM in the ascent by skipping the batch")
-            self.zero_grad()
-            if self.cuda:
-                torch.cuda.empty_cache()
-            return False
+            raise _SkipBatch from e
         except Exception:
             self.consolidate_optimizer()
             self.save_checkpoint(os.path.join(self.cfg.checkpoint.save_dir, "crash.pt"), {})
             raise
-        return True
 
     def _trainable(self) -> List[Parameter]:
         """All weights that the optimizer trains, the criterion's too."""

@@ -11,6 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+OPTION = "--sam-ascent-fraction"
+_REMEDY = {OPTION: f"use {OPTION} 1", "--sam-micro": "drop --sam-micro"}
+
 # Tensors of tokens with padding.
 _TOKENS = ("src_tokens", "prev_output_tokens")
 
@@ -44,8 +47,12 @@ def most_unguarded(weights: Tensor, fraction: float) -> Tensor:
     return order[: kept_count(len(weights), fraction)].sort().values
 
 
-def number_of_sentences(sample: Dict[str, Any]) -> int:
+def number_of_sentences(sample: Dict[str, Any], option: str = OPTION) -> int:
     """Return B of a fairseq mini-batch.
+
+    Args:
+        sample: the mini-batch.
+        option: that asks for it, for the error.
 
     Raises:
         ValueError: if it cannot be found.
@@ -57,13 +64,17 @@ def number_of_sentences(sample: Dict[str, Any]) -> int:
         if torch.is_tensor(tensor) and tensor.dim():
             return len(tensor)
     raise ValueError(
-        "--sam-ascent-fraction: the mini-batches of this task do not give their number of "
-        "sentences (no nsentences, target or src_tokens); use --sam-ascent-fraction 1"
+        f"{option}: the mini-batches of this task do not give their number of sentences (no "
+        f"nsentences, target or src_tokens); {_REMEDY[option]}"
     )
 
 
 def take_sentences(
-    sample: Dict[str, Any], kept: Tensor, padding: int, multiple: int = 1
+    sample: Dict[str, Any],
+    kept: Tensor,
+    padding: int,
+    multiple: int = 1,
+    option: str = OPTION,
 ) -> Dict[str, Any]:
     """Return the mini-batch of some sentences of ``sample``, which is not changed.
 
@@ -76,12 +87,13 @@ def take_sentences(
         kept: indices of the sentences, shape (kept,).
         padding: index of the padding token.
         multiple: keep lengths a multiple of it, --required-seq-len-multiple.
+        option: that asks for it, for the error.
 
     Raises:
         ValueError: the rows of a tensor are not one a sentence.
     """
-    n = number_of_sentences(sample)
-    part = _select(sample, kept, n, "sample")
+    n = number_of_sentences(sample, option)
+    part = _select(sample, kept, n, "sample", option)
     part = _without_padding(part, len(kept), padding, multiple)
     if "nsentences" in sample:
         part["nsentences"] = len(kept)
@@ -90,20 +102,21 @@ def take_sentences(
     return part
 
 
-def _select(node: Any, kept: Tensor, n: int, path: str) -> Any:
+def _select(node: Any, kept: Tensor, n: int, path: str, option: str) -> Any:
     if isinstance(node, dict):
-        return {k: _select(v, kept, n, f"{path}.{k}") for k, v in node.items()}
+        return {k: _select(v, kept, n, f"{path}.{k}", option) for k, v in node.items()}
     if isinstance(node, (list, tuple)):
         if len(node) == n and not _are_batched(node, n):
             return type(node)(node[i] for i in kept.tolist())
-        return type(node)(_select(v, kept, n, f"{path}[{i}]") for i, v in enumerate(node))
+        parts = (_select(v, kept, n, f"{path}[{i}]", option) for i, v in enumerate(node))
+        return type(node)(parts)
     shape = tuple(node.shape) if isinstance(node, (Tensor, np.ndarray)) else ()
     if not shape:
         return node
     if shape[0] != n:
         raise ValueError(
-            f"--sam-ascent-fraction: {path} has shape {shape} in a mini-batch of {n} sentences, "
-            "so that its rows cannot be matched to sentences; use --sam-ascent-fraction 1"
+            f"{option}: {path} has shape {shape} in a mini-batch of {n} sentences, so that its "
+            f"rows cannot be matched to sentences; {_REMEDY[option]}"
         )
     if isinstance(node, np.ndarray):
         return node[kept.cpu().numpy()]

@@ -16,6 +16,7 @@ GIVEN = {
     "sam_mask": {"sam_mask": "fisher"},
     "sam_mask_every": {"sam_mask_every": 7, "sam_mask": "fisher"},
     "sam_mask_share": {"sam_mask_share": 0.2, "sam_mask": "fisher"},
+    "sam_micro": {"sam_micro": 2, "delta_sam_beta": 0.0},
     "sam_only": {"sam_only": "layer_norm"},
     "sam_adaptive": {"sam_adaptive": True},
     "sam_radius": {"sam_radius": "trust_region"},
