@@ -62,7 +62,7 @@ _AMP_ON_A_CPU = "--amp: fairseq casts on GPUs only; without one this run compute
 
 
 class _SkipBatch(Exception):
-    """The ascent ran out of memory, and the update is left out."""
+    """The ascent ran out of memory, and the update is skipped."""
 
 
 class SharpnessAwareTrainer(AveragingTrainer):

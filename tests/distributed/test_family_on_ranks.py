@@ -11,6 +11,7 @@ from tests.helpers import tiny
 from tests.helpers.processes import run_ranks
 
 METHODS = {
+    "RW-SAM": ["--optimizer", "delta_sam_adam", "--delta-sam-weights", "gibbs"],
     "functional": ["--sam-functional"],
     "Fisher": ["--sam-mask", "fisher", "--sam-mask-every", "2"],
     "TRAM": ["--sam-radius", "trust_region", "--sam-trust-sigma", "1"],
