@@ -257,7 +257,7 @@ _WHOLE_GRADIENT = (
 _NO_RHO = "a trust region takes the place of rho; drop one"
 _GROUPS = "the groups of --sam-micro have gradients and perturbations of their own; drop one"
 CONFLICTS: Tuple[Conflict, ...] = (
-    Conflict("sam_micro", "delta_sam_weights", f"{_GROUPS}, or use --optimizer sam_*"),
+    Conflict("delta_sam_weights", "sam_micro", f"{_GROUPS}, or use --optimizer sam_*"),
     Conflict("sam_micro", "sam_ascent_fraction", _GROUPS),
     Conflict(
         "sam_micro",
