@@ -98,7 +98,7 @@ class GroupedAscents(AscentStep):
         ranks, rank = trainer.data_parallel_world_size, trainer.data_parallel_rank
         own = [0 if dummy else number_of_sentences(s, _OPTION) for s, dummy in samples]
         groups = []
-        for number, parts in enumerate(groups_of(self._sizes(own), self._sam.micro)):
+        for number, parts in enumerate(groups_of(self._sizes(own), self._sam.micro or 1)):
             spans = len({part.batch % ranks for part in parts}) > 1
             mine = [part for part in parts if part.batch % ranks == rank]
             if mine or spans:
