@@ -20,7 +20,8 @@ For experiments, --train-rows 1000 keeps some rows of train.tsv and --label-nois
 labels in it, each by one of the other classes with equal probability, before any rows are held
 out; dev.tsv stays as it is.  label/train.replaced.tsv lists the replaced ones, and the splits
 ``kept`` and ``replaced`` are the rows of ``train`` with right and with wrong labels: named in
---valid-subset of fairseq-train they show when wrong labels are learnt.
+--valid-subset of fairseq-train they show when wrong labels are learnt.  With --hold-out the rows of
+dev.tsv are then there too, clean, as ``dev``.
 
 Your own data: GLUE/NAME/train.tsv, dev.tsv and, if you like, test.tsv, with
 ``--task NAME --columns SENTENCE[,SENTENCE2] LABEL``.  Columns are named (the files have a header

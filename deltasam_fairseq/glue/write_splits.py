@@ -126,20 +126,23 @@ def splits_of(
     files = {**task.splits(), **task.test_splits()}
     if hold_out:
         files = {"train": "train", "valid": "train"}
+        clean = task.splits() if changes != NO_CHANGES else {}  # for experiments
+        files.update((s.replace("valid", "dev"), f) for s, f in clean.items() if s != "train")
     if changes.noise:
         files.update(dict.fromkeys(PARTS, "train"))
     for split, file in files.items():
         test = split in task.test_splits()
-        if test and not (folder / name / f"{file}.tsv").is_file():
+        if (test or split.startswith("dev")) and not (folder / name / f"{file}.tsv").is_file():
             continue
         source = find_file(folder, name, file)
         labelled = not test or (task.own and has_labels(source, task))
         facts = [VERSION, task._asdict(), split, labelled]
-        facts += [HOLD_OUT_SEED, hold_out] if hold_out else []
+        out_of_train = hold_out if file == "train" else 0.0
+        facts += [HOLD_OUT_SEED, hold_out] if out_of_train else []
         own = changes if file == "train" else NO_CHANGES
         facts += own if own != NO_CHANGES else ()
         digest = fingerprint(facts, source, bpe)
-        yield Split(name, task, split, source, out, labelled, hold_out, own, digest)
+        yield Split(name, task, split, source, out, labelled, out_of_train, own, digest)
 
 
 def check_splits(splits: List[Split], any_rows: bool) -> None:

@@ -29,6 +29,7 @@ from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tu
 import torch
 
 from deltasam_fairseq.data.files import atomic_write
+from deltasam_fairseq.glue.write_splits import PARTS
 from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.options import ranged
 from examples.common import warm
@@ -244,8 +245,7 @@ class Trainings:
 
     def on(self, setting: Setting) -> List[str]:
         """Return the overrides of a setting's runs: every split is validated on."""
-        replaced = ["replaced"] if setting.noise else []
-        return self.overrides("valid", "dev", "kept", *replaced)
+        return self.overrides("valid", "dev", *(PARTS if setting.noise else ()))
 
     def methods(self, setting: Setting) -> List[Sequence[str]]:
         """Return the methods of a setting; those of a group are run with all seeds first."""
@@ -257,11 +257,14 @@ class Trainings:
         """Return the stage that prepares a setting's splits."""
         source = self.args.kit / "glue" if setting.source in SETTINGS else self.args.data
         rows = 40 if self.small else round(setting.rows / (1 - HOLD_OUT))
+        own = () if setting.source in glue.GLUE else ("--columns", "sentence", "label")
+        noise = ("--label-noise", setting.noise) if setting.noise else ()
         command = module(
-            "examples.glue.noisy_data",
-            *("--source", source.absolute(), "--task", setting.source, "--rows", rows),
-            *("--noise", setting.noise, "--hold-out", HOLD_OUT, "--model", self.model),
-            *("--out", "{out}"),
+            "deltasam_fairseq.glue.prepare",
+            *("--glue-dir", source.absolute(), "--task", setting.source, *own, "--any-rows"),
+            *("--train-rows", rows, *noise, "--hold-out", HOLD_OUT),
+            *("--dict", self.model / "dict.txt", "--bpe", "wordpiece"),
+            *("--wordpiece-vocab", self.model / "vocab.txt", "--out", "{out}"),
         )
         return Stage(f"prepare {setting.name}", command, out, [self.model.parent])
 
@@ -397,6 +400,7 @@ def accuracies(record: Dict[str, Any]) -> str:
         means = columns.mean(0).tolist()
         spreads = columns.std(0).tolist() if len(found) > 1 else [math.nan] * len(means)
         cells = [f"{m:.1f}" + (f" ± {s:.1f}" if s == s else "") for m, s in zip(means, spreads)]
+        cells = [cell if mean == mean else "–" for cell, mean in zip(cells, means)]
         seconds = sum(run["seconds"] or math.nan for run in found) / len(found)
         rows.append([task, method, str(len(found)), *cells, f"{seconds:.0f}"])
     head = ["task", "method", "seeds", "last epoch", "epoch by held-out", "best epoch"]

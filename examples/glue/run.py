@@ -355,7 +355,7 @@ def parts_overrides(args: argparse.Namespace, task: str) -> List[str]:
     else:
         splits = list(TASKS[task].splits()) if task in GLUE else ["valid"]
         splits += PARTS if args.label_noise else ()
-    valid = [split for split in splits if split.startswith("valid") or split in PARTS]
+    valid = [s for s in splits if s.startswith(("valid", "dev")) or s in PARTS]
     return [f"dataset.valid_subset='{','.join(valid)}'"] if set(PARTS) <= set(valid) else []
 
 

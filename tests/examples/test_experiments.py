@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from examples.glue import experiments, noisy_data
+from examples.glue import experiments
 from tests.helpers.kit import write_kit
 from tests.helpers.processes import run_module
 
@@ -42,23 +42,6 @@ def test_what_there_is_at_the_end_of_the_time_is_kept(kit, tmp_path):
     result, record, page = make(kit, tmp_path, seconds=experiments.ENDING + 1, work=tmp_path)
     assert result.returncode == 1 and "the time is over" in result.stdout
     assert record["runs"] == [] and "0 runs of MiniLM complete" in page
-
-
-def test_splits_of_rows_with_wrong_labels():
-    """50 rows, 40 % wrong: 20; a fifth held out, with its share of them; kept and replaced."""
-    rows = [(f"row {i}", "ab"[i % 2]) for i in range(80)]
-    right = dict(rows)
-    splits = noisy_data.splits_of(rows, ["a", "b"], 50, 0.4, 0.2, seed=1)
-    assert [len(splits[name]) for name in ("train", "valid")] == [40, 10]
-    assert sorted(splits["kept"] + splits["replaced"]) == sorted(splits["train"])
-    assert all(right[text] == label for text, label in splits["kept"])
-    assert all(right[text] != label for text, label in splits["replaced"])
-    wrong = sum(right[text] != label for text, label in splits["train"] + splits["valid"])
-    assert wrong == 20
-    clean = noisy_data.splits_of(rows, ["a", "b"], 50, 0.0, 0.2, seed=1)
-    assert "replaced" not in clean and [row[0] for row in clean["train"]] == [
-        row[0] for row in splits["train"]
-    ]
 
 
 def test_readings_of_a_run():

@@ -370,6 +370,7 @@ def test_held_out_rows_have_wrong_labels_too(tmp_path, gpt2):
     splits = json.loads((tmp_path / "out" / "task.json").read_text())["splits"]
     found = [splits[split]["replaced_labels"] for split in ("train", "valid")]
     assert sum(found) == 10 and min(found) > 0
+    assert sentences(tmp_path / "out", "dev", gpt2) == ["dev"]
     assert splits["replaced"]["rows"] == found[0] == 10 - splits["kept"]["rows"]
 
 
