@@ -213,7 +213,10 @@ class ClosurePasses(Passes[Outcome]):
             return
         for params in _buckets(self._params):
             for p in params:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad.to_dense()
+                if p.grad is None:
+                    p.grad = torch.zeros_like(p)
+                elif p.grad.is_sparse:
+                    p.grad = p.grad.to_dense()
             grads = [p.grad for p in params if p.grad is not None]
             flat = torch.cat([g.flatten() for g in grads]) / self.world
             dist.all_reduce(flat, group=self._group)
