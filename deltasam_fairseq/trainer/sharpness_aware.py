@@ -14,7 +14,7 @@ import contextlib
 import functools
 import logging
 import os
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Union
 
 import torch
 from fairseq.logging import metrics
@@ -202,7 +202,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
             sam.restore()
             self._step_metrics = None
 
-    def _descend(self, samples: Sequence[Any], raise_oom: bool) -> Any:
+    def _descend(self, samples: Any, raise_oom: bool) -> Any:
         """fairseq's own train_step; count the updates that it skips for an overflow."""
         updates, repeats = self.get_num_updates(), self._amp_repeats
         outputs = None if self._step_metrics is None else self._step_metrics.outputs
@@ -255,7 +255,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         where = "descent" if log is not None and torch.isfinite(log.figures.gnorm) else "ascent"
         metrics.log_scalar_sum(f"sam_overflows_{where}", 1, priority=701, round=0)
 
-    def _fairseqs_step(self, samples: Sequence[Any], raise_oom: bool) -> Any:
+    def _fairseqs_step(self, samples: Any, raise_oom: bool) -> Any:
         """fairseq's own train_step; on a CPU too skip an update that overflows."""
         try:
             return super().train_step(samples, raise_oom)
