@@ -54,6 +54,9 @@ OURS = {  # method -> options of fairseq-train
     "GSAM": "--optimizer sam_adam --sam-gsam-alpha 0.4",
     "functional SAM": "--optimizer sam_adam --sam-functional",
     "SAM, Fisher mask": "--optimizer sam_adam --sam-mask fisher",  # not its renewals
+    "RW-SAM": "--optimizer delta_sam_adam --delta-sam-weights gibbs",
+    "m-sharpness, 4": "--optimizer sam_adam --sam-micro 4",
+    "m-sharpness, 1": "--optimizer sam_adam --sam-micro 1",
     "TRAM": "--optimizer sam_adam --sam-radius trust_region",
 }
 TORCH, DAVDA54, PYTORCH_OPTIMIZER = "SAM, torch loop", "SAM, davda54", "SAM, pytorch_optimizer"
