@@ -160,8 +160,7 @@ class SAMConfig(FairseqDataclass):
     )
     sam_mask_share: float = option(
         DEFAULT_MASK_SHARE,
-        "share of the weights that --sam-mask fisher lets move; Mi et al. 2022, whose mask is the "
-        "same: 0.02 to 0.5",
+        "share of the weights that --sam-mask fisher lets move, above 0, at most 1",
         remedy="it is a share of the weights",
         above=0,
         at_most=1,
