@@ -45,10 +45,11 @@ class NTXent(ClassObjective):
         self.targets = self._own.roll(views // 2)
 
     def scores(self, features: Tensor) -> Tensor:
-        """``log P_a(b)``, shape (2N, 2N R), of features of shape (2N, T, C)."""
-        embeddings = F.normalize(pool(features, self._mask, self._pooling), dim=-1)
-        others = gather(embeddings).flatten(0, 1) if self._gathers else embeddings
-        logits = embeddings @ others.t() / self._temperature
+        """``log P_a(b)``, shape (2N, 2N R), of features of shape (2N, T, C); at least float32."""
+        with torch.autocast(features.device.type, enabled=False):  # cosines of --amp too
+            embeddings = F.normalize(pool(features, self._mask, self._pooling), dim=-1)
+            others = gather(embeddings).flatten(0, 1) if self._gathers else embeddings
+            logits = embeddings @ others.t() / self._temperature
         itself = F.one_hot(self._own, len(others)).bool()
         return F.log_softmax(logits.masked_fill(itself, _IMPOSSIBLE), dim=-1)
 

@@ -64,6 +64,21 @@ def test_divergence_of_r3f_is_over_all_but_the_view_itself():
     torch.testing.assert_close(objective.divergence(some, others), (both[:3] + both[3:]) / 2)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_rounds_the_features_alone(dtype):
+    """--amp: cosines and losses of the model's rounded output are float32's, gradients too."""
+    torch.manual_seed(1)
+    features, found = torch.randn(6, 8), []
+    for enabled in (False, True):
+        leaf = features.clone().requires_grad_()
+        with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+            losses = losses_of(leaf.to(dtype), 0.04)
+        losses.sum().backward()
+        found.append((losses, leaf.grad))
+    assert found[1][0].dtype == torch.float32
+    assert all(map(torch.equal, *found))
+
+
 def test_pooling():
     features = torch.tensor([[[1.0], [3.0], [8.0]]])
     mask = torch.tensor([[True, True, False]])
