@@ -111,8 +111,7 @@ class ClosurePasses(Passes[Outcome]):
         self._replay = RngReplay(Generators(devices), host=True, buffers=list(model.buffers()))
 
     def replay(self) -> None:
-        # A surrounding autocast would go on with the casts of other weights.
-        torch.clear_autocast_cache()
+        torch.clear_autocast_cache()  # a surrounding autocast has casts of other weights
         self._replay()
 
     def forward(self, i: int, kept: Optional[Tensor] = None) -> Outcome:
@@ -149,6 +148,7 @@ class ClosurePasses(Passes[Outcome]):
         Args:
             factor: default: the ascent's.
         """
+        torch.clear_autocast_cache()  # checkpointing computes forwards again, after the probe
         self._scale_loss(loss * (1 / self._divisor if factor is None else factor)).backward()
 
     def count_sentences(self, reweighting: Optional[Reweighting] = None) -> None:

@@ -88,7 +88,7 @@ class SharpnessAware:
 
     Under data parallelism every process makes the same perturbation, from the batch of all; the
     ascent adds one reduction of the gradients, delta-SAM one of four float64 numbers, and one
-    number counts the sentences.
+    number counts the sentences. A call within the wrapper's ``no_sync`` averages its gradients too.
 
     Args:
         model: whose weights train, in its DistributedDataParallel wrapper if there is one. A loss
@@ -224,7 +224,7 @@ class SharpnessAware:
             _forget_gradients(params)
             raise
         finally:
-            self._perturber.restore()
+            self._restore()
             for p, before in accumulated:
                 if before is not None:
                     p.grad = before if p.grad is None else p.grad.add_(before)
@@ -258,6 +258,9 @@ class SharpnessAware:
                 if found.outputs is not None and i in passes.deltas:
                     loss = functional_loss(loss, [found.outputs], [passes.deltas[i]])
                 passes.backward(loss, 1 / self._divisor if factor is None else factor)
+        # DistributedDataParallel has averaged them, but not within its no_sync().
+        if not getattr(self.model, "require_backward_grad_sync", not descent.corrects):
+            passes.average_grads()
         if descent.corrects and figures is not None and factor is not None:
             # The ascent's gradient is in the units of its own factor.
             by_weight = {p: p.grad for p in self.parameters() if p.grad is not None}
@@ -337,7 +340,7 @@ class SharpnessAware:
         own = type(parts.weighting), type(parts.mask), type(parts.descent)
         simple = own == (Weighting, Mask, Descent) and not parts.radius.needs_outputs
         _require(simple, "method", "of first_step", "sam, asam")
-        self._perturber.restore()
+        self._restore()
         self._perturber.rho = parts.radius.in_force(self.update, None)
         self._perturber.ascend(self.parameters(), self.seed, self.update)
         self.update += 1
@@ -346,11 +349,15 @@ class SharpnessAware:
 
     def second_step(self, optimizer: Any = None, zero_grad: bool = False) -> None:
         """Restore the weights; let ``optimizer`` step from them, if given."""
-        self._perturber.restore()
+        self._restore()
         if optimizer is not None:
             optimizer.step()
         if zero_grad:
             _forget_gradients(self.parameters())
+
+    def _restore(self) -> None:
+        self._perturber.restore()
+        torch.clear_autocast_cache()  # of casts of other weights
 
     # Figures and resuming
 

@@ -6,6 +6,7 @@ Two ranks with two micro-batches each, of other sizes on the other rank; every m
 updates. Written to FOLDER: weights, last gradients, and the sizes of what was reduced.
 """
 
+import contextlib
 import functools
 import sys
 
@@ -38,6 +39,20 @@ def train(method, closures_of, wrap=None, seen=None):
     return small.weights(model), small.gradients(model)
 
 
+def accumulate(method, closures_of, wrap=lambda model: model, **more):
+    """Return the gradient of a call with every other micro-batch and one with the rest.
+
+    The first is in DistributedDataParallel's ``no_sync``.
+    """
+    model = small.model(dropout=0.0, dtype=torch.float64)
+    wrapped = wrap(model)
+    sam, closures = SharpnessAware(wrapped, method, rho=0.5, **more), closures_of(wrapped, False)
+    with getattr(wrapped, "no_sync", contextlib.nullcontext)():
+        sam.backward(closures[::2], scale=0.5)
+    sam.backward(closures[1::2], scale=0.5)
+    return small.gradients(model)
+
+
 def main(folder, port, rank):
     address = f"tcp://127.0.0.1:{port}"
     dist.init_process_group("gloo", init_method=address, rank=rank, world_size=2)
@@ -60,6 +75,9 @@ def main(folder, port, rank):
         for method in METHODS:
             ends = train(method, own, wrap, seen)
             found[method, bucket_view] = (*ends, list(seen))
+        for method in ("gsam", "delta_sam"):
+            found["no_sync", method, bucket_view] = accumulate(method, own, wrap)
+    found["group"] = accumulate("gsam", own, process_group=dist.group.WORLD)
     model = DistributedDataParallel(small.model())
     try:
         SharpnessAware(model).backward(small.closures(model, *([6] if rank else [3, 3])))

@@ -32,6 +32,27 @@ def test_equal_to_one_process(found, method, bucket_view):
     torch.testing.assert_close((weights, gradients), expected, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("method", ["gsam", "delta_sam"])
+def test_no_sync(found, method, bucket_view):
+    """The gradient of a call in no_sync is averaged too: it is that of the whole batch."""
+    expected = ranks.accumulate(method, closures_of_all)
+    for each in found:
+        own = each["no_sync", method, bucket_view]
+        torch.testing.assert_close(own, expected, rtol=1e-9, atol=1e-12)
+
+
+def test_gsam_corrects_an_average_without_the_wrapper(found):
+    expected = ranks.accumulate("gsam", closures_of_all)
+    for each in found:
+        torch.testing.assert_close(each["group"], expected, rtol=1e-9, atol=1e-12)
+
+
+def closures_of_all(model, outputs):
+    sizes = [size for each in ranks.SIZES for size in each]
+    return small.closures(model, *sizes, dtype=torch.float64, outputs=outputs)
+
+
 def test_other_numbers_of_micro_batches_are_refused(found):
     """On both ranks, in the first update, where they would wait for each other."""
     for rank, each in enumerate(found):

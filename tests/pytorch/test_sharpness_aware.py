@@ -1,6 +1,7 @@
 """SharpnessAware in a plain loop, without fairseq."""
 
 import copy
+import functools
 import random
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parameters_to_vector
+from torch.utils.checkpoint import checkpoint
 
 from deltasam_fairseq.algorithms import draw_direction_, probe_generator, reference
 from deltasam_fairseq.pytorch import SharpnessAware
@@ -287,6 +289,38 @@ def test_autocast(method, outside):
     assert seen[-1].dtype == torch.bfloat16 and not torch.equal(seen[-1], seen[0])
     found = sam.figures()
     assert found["sharpness"] > 0.05 and abs(found["sam_realised"] - 1) < 0.2
+
+
+@pytest.mark.parametrize("method", small.PLAIN)
+def test_one_autocast_around_all(method):
+    """With checkpointing as without, and a forward that follows sees w."""
+    gradients = []
+    for checkpointed in (False, True):
+        model = small.model(dropout=0.0)
+        x, y = small.sentences()
+        again = functools.partial(checkpoint, model, use_reentrant=False)
+        forward = again if checkpointed else model
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            expected = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            SharpnessAware(model, method, rho=1.0).backward(
+                lambda: F.cross_entropy(forward(x).float(), y, reduction="none")  # noqa: B023
+            )
+            assert torch.equal(model(x), expected)
+        gradients.append(small.gradients(model))
+    torch.testing.assert_close(*gradients, rtol=1e-5, atol=1e-6)
+
+
+def test_one_autocast_around_two_steps():
+    model = small.model(dropout=0.0)
+    x, _ = small.sentences()
+    sam, seen = SharpnessAware(model, "sam", rho=1.0), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for move in (sam.first_step, sam.second_step, lambda: None):
+            seen.append(model(x).float())
+            seen[-1].sum().backward()
+            move()
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
