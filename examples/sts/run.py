@@ -16,7 +16,8 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
-from deltasam_fairseq.sts.datasets import SETS, available
+from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.sts.datasets import SETS, available, read_set
 from deltasam_fairseq.sts.embeddings import POOLINGS
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import exit_code, run_all
@@ -75,6 +76,7 @@ def parser() -> argparse.ArgumentParser:
     add("--eps", type=float, help="size of R3F's noise (default: by --recipe)")
     add("--rows", nargs="+", choices=ROWS, default=list(ROWS), help=f"of {', '.join(ROWS)}")
     add("--sets", nargs="+", choices=SETS, metavar="SET", help="to measure (default: all of --sts)")
+    add("--any-rows", action="store_true", help="of --sts: other rows than published")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
     add("--batch-size", type=int, default=200, help="sentences of an update (default: 200)")
     add("--cores", type=int, default=2, help="threads (default: 2)")
@@ -96,6 +98,11 @@ def check(args: argparse.Namespace) -> Optional[str]:
     missing = set(args.sets or ()) - set(available(args.sts))
     if missing:
         return f"--sets {', '.join(sorted(missing))}: not in --sts {args.sts}"
+    try:
+        for name in args.sets or available(args.sts):
+            read_set(args.sts, name, args.any_rows)
+    except DataError as error:
+        return str(error)
     if args.batch_size > args.sentences:
         return f"--batch-size {args.batch_size}: more than --sentences {args.sentences}"
     args.recipe = args.recipe or ("bert" if args.bpe == "wordpiece" else "roberta")
@@ -114,6 +121,7 @@ def data_stage(args: argparse.Namespace) -> Stage:
     words += ["--dict", args.dict.absolute(), "--bpe", args.bpe]
     words += [word for option in args.bpe_options for word in option_words(option)]
     words += ["--drop-duplicates"] if args.drop_duplicates else []
+    words += ["--any-rows"] if args.any_rows else []
     command = module("deltasam_fairseq.sts.prepare", *words, "--out", "{out}")
     return Stage("prepare the sentences", command, args.out / "data", seconds=6)
 
@@ -146,6 +154,7 @@ def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[S
         words = ["--sts", args.sts.absolute(), "--data", data]
         words += ["--path", out / "checkpoint_best.pt", "--json", "{out}/sts.json"]
         words += ["--sets", *args.sets] if args.sets else []
+        words += ["--any-rows"] if args.any_rows else []
         measure = module("deltasam_fairseq.sts", *words)
         scores = args.out / "scores" / out.name
         stages.append(Stage(f"measure {name}", measure, scores, [out, data]))

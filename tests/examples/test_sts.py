@@ -15,6 +15,8 @@ def files(tmp_path):
     for name in ("sts/STSBenchmark/sts-dev.csv", "model.pt", "dict.txt", "sentences.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x\n")
+    rows = "".join(f"g\tf\ty\t{i}\t2.5\ta\tb\n" for i in range(3))
+    (tmp_path / "sts" / "STSBenchmark" / "sts-test.csv").write_text(rows)
     return tmp_path
 
 
@@ -28,7 +30,7 @@ def arguments(files, *more):
 @pytest.mark.parametrize("recipe", run.RECIPES)
 def test_rows_are_table_2s(files, recipe):
     """Criterion and optimizer of each row, with the recipe's numbers; fairseq takes the words."""
-    args, wrong = arguments(files, "--recipe", recipe, "--seeds", "7")
+    args, wrong = arguments(files, "--recipe", recipe, "--seeds", "7", "--any-rows")
     assert wrong is None
     stages = run.run_stages(args, ["--lr", "3e-5"], files / "data")
     names = [stage.out.name for stage in stages if stage.title.startswith("train")]
@@ -59,7 +61,25 @@ def test_rows_are_table_2s(files, recipe):
 def test_refusals(files, more, message):
     if "none.pt" in more:
         more = [*more, "--dict", files / "dict.txt"]
-    assert message in arguments(files, *more)[1]
+    assert message in arguments(files, "--any-rows", *more)[1]
+
+
+def test_sets_are_read_before_any_stage(files):
+    """What is not as published is refused, or taken by every stage that reads it."""
+    path = files / "sts" / "STSBenchmark" / "sts-test.csv"
+    wrong = arguments(files)[1]
+    assert f"{path}: 3 scored pairs, published are 1379" in wrong and "--any-rows" in wrong
+    args, wrong = arguments(files, "--any-rows")
+    assert wrong is None
+    stages = [run.data_stage(args), *run.run_stages(args, [], files / "data")]
+    reading = [stage for stage in stages if not stage.title.startswith("train")]
+    assert len(reading) == 21 and all("--any-rows" in stage.command for stage in reading)
+    path.write_text(path.read_text().replace("2.5", "x"))
+    assert "line 1: the score 'x' is not a number" in arguments(files, "--any-rows")[1]
+    path.unlink()
+    assert f"{path}: no such file" in arguments(files, "--any-rows")[1]
+    (files / "sts" / "SICK").mkdir()
+    assert "SICK_test_annotated.txt: no such file" in arguments(files, "--sets", "SICK-R")[1]
 
 
 def write_run(folder, name, scores, seconds):
