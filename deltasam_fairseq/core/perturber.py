@@ -69,6 +69,7 @@ class Perturber:
         masters: Optional[Dict[Parameter, Tensor]] = None,
         tf32: bool = False,
         gradients: Optional[Dict[Parameter, Tensor]] = None,
+        probe: Optional[torch.dtype] = None,
     ) -> None:
         """Say what precision the forward computes in; without it, float32 or better.
 
@@ -78,10 +79,14 @@ class Perturber:
             tf32: whether products of float32 round to TF32, whose mantissa is float16's: the
                 literal probe would drown in it, the ascent does not.
             gradients: of the copies, see `OverwrittenWeights`.
+            probe: the coarsest dtype that the forward multiplies in, by frozen weights (LoRA) too;
+                default: ``dtype``.
         """
+        probe = probe or dtype
         self.half_dtype = dtype if torch.finfo(dtype).bits < 32 else None
-        tf32 = tf32 and dtype == torch.float32
-        self.probe_dtype = torch.float16 if tf32 else self.half_dtype
+        self.probe_dtype = probe if torch.finfo(probe).bits < 32 else None
+        if tf32 and probe == torch.float32:
+            self.probe_dtype = torch.float16
         self.weights = (
             SwappedWeights() if masters is None else OverwrittenWeights(masters, gradients)
         )

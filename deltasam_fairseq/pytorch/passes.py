@@ -115,7 +115,12 @@ class ClosurePasses(Passes[Outcome]):
         self._replay()
 
     def forward(self, i: int, kept: Optional[Tensor] = None) -> Outcome:
-        return checked(self._closures[i](), self._needs_outputs)
+        found = checked(self._closures[i](), self._needs_outputs)
+        losses, z = found
+        if self._along_outputs and z is not None and torch.is_grad_enabled():
+            if i not in self.deltas:  # the first forward with graph is at w
+                (self.deltas[i],) = torch.autograd.grad(losses.sum(), z, retain_graph=True)
+        return found
 
     def losses(self, forward: Outcome) -> Tensor:
         return forward.losses
@@ -185,10 +190,7 @@ class ClosurePasses(Passes[Outcome]):
 
     def backward_batch_loss(self, i: int) -> None:
         found = self.forward(i)
-        loss = found.losses.sum()
-        if self._along_outputs and found.outputs is not None:
-            (self.deltas[i],) = torch.autograd.grad(loss, found.outputs, retain_graph=True)
-        self.backward(loss)
+        self.backward(found.losses.sum())
         self.log(i, found)
 
     def no_sync_unless_last(self, last: bool) -> ContextManager[Any]:

@@ -11,7 +11,7 @@ they are, because the weights are w again when it returns.
 import functools
 import inspect
 import logging
-from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Union
+from typing import Any, Callable, Dict, Iterable, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.distributed as dist
@@ -169,8 +169,7 @@ class SharpnessAware:
         _require(
             bool(self.parameters()), "model", type(model).__name__, "one with weights to train"
         )
-        dtypes = [p.dtype for p in self.parameters() if p.is_floating_point()]
-        self._compute_in(compute_dtype or min(dtypes, key=_bits))
+        self._compute_in([(p.dtype, p.requires_grad) for p in self._floating(model)])
 
     def parameters(self) -> List[Parameter]:
         """Return the weights that train, in the model's order."""
@@ -255,7 +254,7 @@ class SharpnessAware:
                         unscaled = [p.grad for p in self.parameters() if p.grad is not None]
                         _multiply(unscaled, factor * self._divisor)
                 loss = descent.loss(i, found.losses)
-                if found.outputs is not None and i in passes.deltas:
+                if figures is not None and found.outputs is not None and i in passes.deltas:
                     loss = functional_loss(loss, [found.outputs], [passes.deltas[i]])
                 passes.backward(loss, 1 / self._divisor if factor is None else factor)
         # DistributedDataParallel has averaged them, but not within its no_sync().
@@ -287,11 +286,11 @@ class SharpnessAware:
                 different numbers of micro-batches.
         """
         passes.require_same_count()
-        found: List[torch.dtype] = []
+        found: List[Tuple[torch.dtype, bool]] = []
 
         def note(module: Module, _: Any) -> None:
-            own = [p for p in module.parameters(recurse=False) if p.requires_grad]
-            found.extend(multiplied_in(p) for p in own if p.is_floating_point())
+            own = self._floating(module, recurse=False)
+            found.extend((multiplied_in(p), p.requires_grad) for p in own)
 
         hooks = [m.register_forward_pre_hook(note) for m in self.model.modules()]
         try:
@@ -304,8 +303,8 @@ class SharpnessAware:
         finally:
             for hook in hooks:
                 hook.remove()
-        if self._compute_dtype is None and found:
-            self._compute_in(min(found, key=_bits))
+        if any(trained for _, trained in found):
+            self._compute_in(found)
         j = furthest_off(first, second, self._perturber.probe_dtype or first.dtype)
         if j is not None:
             raise ValueError(
@@ -320,9 +319,21 @@ class SharpnessAware:
             self._divisor = float(passes.sum_over_processes(len(first) * passes.count))
         self._looked = True
 
-    def _compute_in(self, dtype: torch.dtype) -> None:
-        device = self.parameters()[0].device
-        self._perturber.compute_in(dtype, tf32=multiplies_in_tf32(device))
+    @staticmethod
+    def _floating(module: Module, recurse: bool = True) -> List[Parameter]:
+        return [p for p in module.parameters(recurse) if p.is_floating_point()]
+
+    def _compute_in(self, found: Sequence[Tuple[torch.dtype, bool]]) -> None:
+        """Take the coarsest precision, of trained weights to round, of all to probe.
+
+        Args:
+            found: in what weights are multiplied, and whether they train; at least one does.
+        """
+        coarsest = min((dtype for dtype, _ in found), key=_bits)
+        of_trained = min((dtype for dtype, trained in found if trained), key=_bits)
+        tf32 = multiplies_in_tf32(self.parameters()[0].device)
+        own = self._compute_dtype
+        self._perturber.compute_in(own or of_trained, tf32=tf32, probe=own or coarsest)
 
     # For loops that were written for another SAM
 

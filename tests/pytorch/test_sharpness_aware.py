@@ -9,10 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils import parameters_to_vector
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from torch.utils.checkpoint import checkpoint
 
 from deltasam_fairseq.algorithms import draw_direction_, probe_generator, reference
+from deltasam_fairseq.core import DeltaWeighting, Functional, Parts, Radius
 from deltasam_fairseq.pytorch import SharpnessAware
 from tests.pytorch import small
 
@@ -113,6 +114,27 @@ def test_functional_equals_the_reference(sizes):
     torch.testing.assert_close(small.gradients(model), expected, **FLOAT64)
     with pytest.raises(ValueError, match="no outputs"):
         SharpnessAware(model, "functional").backward(small.closures(model, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("sizes", [[6], [1, 3, 2]])
+def test_functional_with_weights_of_the_sentences(sizes):
+    """``J_z(w + eps)^T dL/dz(w)``, eps that of delta-SAM."""
+    model = small.model(dropout=0.0, dtype=torch.float64)
+    losses, w = losses_of(model)
+    u = [torch.empty_like(p) for p in model.parameters()]
+    draw_direction_(u, probe_generator(0, 0, torch.device("cpu")))
+    u = torch.cat([v.flatten() for v in u])
+    eps = reference.delta_sam_reference(losses, w, u, RHO, BETA).eps
+    x, y = small.sentences(torch.float64)
+    z = model(x)
+    (delta,) = torch.autograd.grad(F.cross_entropy(z, y), z)
+    closures = small.closures(model, *sizes, dtype=torch.float64, outputs=True)
+    parts = Parts(Radius(RHO), DeltaWeighting(BETA), descent=Functional())
+    SharpnessAware(model, parts).backward(closures)
+    found = small.gradients(model)
+    vector_to_parameters(w + eps, model.parameters())
+    expected = torch.autograd.grad((model(x) * delta).sum(), list(model.parameters()))
+    torch.testing.assert_close(found, parameters_to_vector(expected), **FLOAT64)
 
 
 @pytest.mark.parametrize("sizes", [[6], [2, 4]])
@@ -372,6 +394,32 @@ def test_lora():
     model.register_forward_pre_hook(note)
     sam.backward(small.closures(model))
     assert len(trained) == 2 and moved == set(trained)
+
+
+def test_lora_on_a_base_in_bf16():
+    """The losses are as coarse as the base: the probe is a large one, as with all in bf16."""
+    weights = []
+    for dtype in (torch.bfloat16, torch.float64):
+        torch.manual_seed(0)
+        base, head = nn.Linear(4, 64), nn.Linear(64, 2)
+        model = nn.ModuleDict({"base": base, "down": nn.Linear(4, 4), "up": nn.Linear(4, 64)})
+        for frozen in (base, head):
+            frozen.to(dtype).requires_grad_(False)
+        x, y = small.sentences()
+        model["head"] = head
+
+        def losses(model=model, dtype=dtype, x=x, y=y):
+            added = model["up"](model["down"](x))
+            hidden = model["base"](x.to(dtype)) + added.to(dtype)
+            logits = model["head"](hidden.tanh()).to(torch.promote_types(dtype, torch.float32))
+            return F.cross_entropy(logits, y, reduction="none")
+
+        sam = SharpnessAware(model, "delta_sam", rho=1e-3)
+        sam.backward(losses)
+        weights.append(sam._last.figures.reweighting.weights)
+        assert "sam_realised" not in sam.figures()  # the weights that move are in float32
+    # The probe of 1e-3 would be 3.6 off.
+    torch.testing.assert_close(*weights, rtol=0, atol=0.4)
 
 
 def test_degenerate_cases_are_sam():
