@@ -11,6 +11,7 @@ from deltasam_fairseq.sts import __main__ as sts
 from deltasam_fairseq.sts import prepare
 from deltasam_fairseq.sts.datasets import read_set
 from deltasam_fairseq.sts.evaluation import load_model
+from deltasam_fairseq.trainer.checkpoint_state import WEIGHT_AVERAGE
 from tests.helpers import runs, tiny
 
 
@@ -172,13 +173,19 @@ class TestMeasure:
         assert "invalid choice: 'STS17'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
-def test_validation_is_scipys_and_keeps_the_best(sentence_embedding, tmp_path, optimizer):
+SWA = ("--lr-scheduler", "swa_fixed", "--swa-start", "2")
+
+
+@pytest.mark.parametrize(
+    "optimizer, averaged", [("adam", ()), ("delta_sam_adam", ()), ("adam", SWA)]
+)
+def test_validation_is_scipys_and_keeps_the_best(sentence_embedding, tmp_path, optimizer, averaged):
+    """The saved weights, with --lr-scheduler swa_X their average, have the score of the log."""
     best = ["--best-checkpoint-metric", "spearman", "--maximize-best-checkpoint-metric"]
     run = runs.train(
         sentence_embedding,
         tmp_path,
-        *("--optimizer", optimizer, "--pooling", "mean_padded", *best),
+        *("--optimizer", optimizer, "--pooling", "mean_padded", *best, *averaged),
         criterion="nt_xent_r3f",
         validate=True,
     )
@@ -186,6 +193,10 @@ def test_validation_is_scipys_and_keeps_the_best(sentence_embedding, tmp_path, o
     state = runs.load(tmp_path / "checkpoint_best.pt")
     scores = [float(log["valid_spearman"]) for log in logs]
     assert float(state["extra_state"]["best"]) == max(scores)
+    if averaged:
+        average = state["extra_state"][WEIGHT_AVERAGE]
+        assert average["n"] > 1
+        assert any(not torch.equal(average["raw"][n], w) for n, w in average["averages"].items())
     model = load_model(tmp_path / "checkpoint_best.pt", sentence_embedding)
     rows = [r.split("\t") for r in (sentence_embedding / "valid.tsv").read_text().splitlines()]
     score = model.score([(float(score), a, b) for score, a, b in rows])
