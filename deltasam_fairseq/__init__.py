@@ -7,15 +7,28 @@ Where fairseq is installed, importing the package registers its components with 
 fairseq, see `plugin`. Nothing else is a side effect.
 """
 
+import sys
+import warnings
 from importlib.util import find_spec
 
 __version__ = "0.1.0"
 
 __all__ = ["__version__"]
 
-if find_spec("fairseq") is not None:
-    from deltasam_fairseq.plugin import install
-    from deltasam_fairseq.trainer.sharpness_aware import SharpnessAwareTrainer
-
-    __all__ += ["SharpnessAwareTrainer"]
-    install()
+_spec = find_spec("fairseq")
+if _spec is not None and _spec.origin is not None:  # a plain folder of that name has none
+    _in_fairseq = "fairseq" in sys.modules  # --user-dir
+    try:
+        from deltasam_fairseq.plugin import install
+        from deltasam_fairseq.trainer.sharpness_aware import SharpnessAwareTrainer
+    except Exception as e:  # fairseq 0.12 raises ValueError on Python 3.11
+        if _in_fairseq:
+            raise
+        warnings.warn(
+            f"fairseq cannot be imported ({type(e).__name__}: {e}); deltasam_fairseq.pytorch works,"
+            " --user-dir deltasam_fairseq does not",
+            stacklevel=2,
+        )
+    else:
+        __all__ += ["SharpnessAwareTrainer"]
+        install()

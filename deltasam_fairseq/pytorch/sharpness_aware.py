@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 # Of the adaptive methods; TRAM's T is |w|.
 ETAS = {"asam": 0.01, "tram": 0.0}
 
+_A_SENTENCE = "losses of at least one sentence; leave empty batches out"
+
 
 def _delta_sam(radius: Radius, beta: float = 3.0) -> Parts:
     _require(beta >= 0, "beta", beta, "a number of at least 0")
@@ -196,7 +198,8 @@ class SharpnessAware:
             the losses at w of this process's sentences, without graph, shape (N,).
 
         Raises:
-            ValueError: a closure's losses are not one a sentence, or not the same in two calls.
+            ValueError: a closure's losses are not one a sentence, not the same in two calls, or
+                of no sentence.
         """
         closures = [closures] if callable(closures) else list(closures)
         _require(bool(closures), "closures", closures, "at least one")
@@ -276,6 +279,8 @@ class SharpnessAware:
         Data-parallel wrappers average gradients over processes.
         """
         passes.count_sentences(None if figures is None else figures.reweighting)
+        if not torch.is_tensor(passes.n):
+            _require(passes.n > 0, "closures", "without sentences", _A_SENTENCE)
         return scale * passes.world / (passes.n if self.reduction == "mean" else 1)
 
     def _look_at_first(self, passes: ClosurePasses) -> None:
@@ -316,7 +321,9 @@ class SharpnessAware:
                 "suspected"
             )
         if not self._divisor:
-            self._divisor = float(passes.sum_over_processes(len(first) * passes.count))
+            divisor = float(passes.sum_over_processes(len(first) * passes.count))
+            _require(divisor > 0, "first micro-batch", "without sentences", _A_SENTENCE)
+            self._divisor = divisor
         self._looked = True
 
     @staticmethod
@@ -359,8 +366,15 @@ class SharpnessAware:
             _forget_gradients(self.parameters())
 
     def second_step(self, optimizer: Any = None, zero_grad: bool = False) -> None:
-        """Restore the weights; let ``optimizer`` step from them, if given."""
+        """Restore the weights; let ``optimizer`` step from them, if given.
+
+        Raises:
+            ValueError: ``zero_grad`` without an optimizer, which would lose the gradients.
+        """
         self._restore()
+        given = optimizer is not None or not zero_grad
+        remedy = "with an optimizer, which steps before: second_step(optimizer, zero_grad=True)"
+        _require(given, "zero_grad", zero_grad, remedy)
         if optimizer is not None:
             optimizer.step()
         if zero_grad:

@@ -13,6 +13,8 @@ class SharpnessAwareTrainer(Trainer):
     """Trainer whose gradients are taken at ``w + eps*``; of a sequence classification model.
 
     With gradient_accumulation_steps every micro-batch has a perturbation of its own (m-sharpness).
+    Checkpoints are the Trainer's, without `SharpnessAware.state_dict`: a resumed run draws the
+    probes and the rounding of the first updates again, and computes the mask of ``fsam`` at once.
     """
 
     method: Dict[str, Any] = {"method": "delta_sam", "rho": 0.05, "beta": 3.0}

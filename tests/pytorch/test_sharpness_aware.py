@@ -489,6 +489,9 @@ def test_two_steps_equal_one_backward(method):
             closure().mean().backward()
             sam.second_step(optimizer, zero_grad=True)
             assert model[0].weight.grad is None
+            sam.first_step()
+            with pytest.raises(ValueError, match=r"second_step\(optimizer, zero_grad=True\)"):
+                sam.second_step(zero_grad=True)
         ends.append(parameters_to_vector(model.parameters()))
     torch.testing.assert_close(*ends)
     for other in ("delta_sam", "gsam", "fsam", "tram"):
@@ -553,6 +556,13 @@ def test_closures_that_cannot_be_used():
             sam.backward(losses)
     with pytest.raises(ValueError, match="closures"):
         sam.backward([])
+    with pytest.raises(ValueError, match="first micro-batch 'without sentences'"):
+        sam.backward(lambda: closure()[:0])
+    for method in ("sam", "delta_sam"):
+        sam = SharpnessAware(model, method)
+        sam.backward(closure)
+        with pytest.raises(ValueError, match="closures 'without sentences'"):
+            sam.backward(lambda: closure()[:0])
     with pytest.raises(ValueError, match="without"):
         sam.load_state_dict({})
 
