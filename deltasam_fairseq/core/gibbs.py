@@ -28,7 +28,8 @@ class GibbsWeighting(Weighting):
 
     def shape_direction_(self, u: List[Tensor]) -> None:
         """Make a Rademacher vector: the signs of ``u``."""
-        torch._foreach_sign_(u)
+        for tensor in u:  # _foreach_sign_ came with torch 2.1
+            tensor.sign_()
 
     def weigh(self, a: Tensor, reduce: Reduce) -> Reweighting:
         """See `gibbs_reweight`; a reduction of one float64 number, by maximum, and one of two."""

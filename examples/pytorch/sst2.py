@@ -16,10 +16,10 @@ from deltasam_fairseq.pytorch import SharpnessAware
 
 METHODS: Dict[str, Dict[str, Any]] = {
     "Adam": {"method": "sam", "rho": 0.0},
-    "SAM": {"method": "sam", "rho": 0.05},
-    "delta-SAM": {"method": "delta_sam", "rho": 0.05, "beta": 3.0},
+    "SAM": {"method": "sam", "rho": 0.02},
+    "delta-SAM": {"method": "delta_sam", "rho": 0.02, "beta": 3.0},
 }
-BATCH, LR, RANK, WORLD = 32, 5e-5, int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
+BATCH, LR, RANK, WORLD = 16, 1e-4, int(os.getenv("RANK", "0")), int(os.getenv("WORLD_SIZE", "1"))
 
 
 def train(method: str, path: str, train_rows: list, dev_rows: list) -> list:
@@ -37,7 +37,7 @@ def train(method: str, path: str, train_rows: list, dev_rows: list) -> list:
     sam, start = SharpnessAware(model, **METHODS[method]), time.perf_counter()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LR)
     bare.train()
-    for rows in torch.randperm(len(train_rows)).split(BATCH):
+    for rows in torch.randperm(len(train_rows) // WORLD * WORLD).split(BATCH):
         own = [train_rows[i] for i in rows[RANK::WORLD]]
         sam.backward(lambda: outputs(model, own)[0])  # noqa: B023
         optimizer.step()
