@@ -290,6 +290,13 @@ def check_config(cfg: Any) -> None:
             "--checkpoint-activations cannot be combined with --sam-mask: torch cannot take the "
             "gradients of single sentences through it; drop one of the two"
         )
+    scheduler = _name(cfg.lr_scheduler)
+    along_lr = cfg.optimizer.sam_rho_schedule == "lr" and cfg.optimizer.sam_rho_lr_max is None
+    if along_lr and scheduler in ("triangular", "swa_triangular"):
+        raise ValueError(
+            f"--sam-rho-schedule lr with --lr-scheduler {scheduler}, whose --lr is the smallest "
+            "rate: give the largest as --sam-rho-lr-max (and --lr as --sam-rho-lr-min)"
+        )
     if cfg.optimizer.sam_functional:
         _check_outputs(cfg, "--sam-functional")
     if cfg.optimizer.sam_radius == "trust_region":

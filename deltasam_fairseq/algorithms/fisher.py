@@ -27,8 +27,8 @@ def largest_mask(scores: Sequence[Tensor], share: float) -> Optional[List[Tensor
     flat = torch.cat([s.flatten() for s in scores])
     if not torch.isfinite(flat).all():
         return None
-    chosen = math.ceil(share * len(flat))
-    least = torch.kthvalue(flat, len(flat) - chosen + 1).values
+    chosen = max(1, math.ceil(share * len(flat) - 1e-9))  # 0.1 * 30 is 3.0000000000000004
+    least = torch.topk(flat, chosen, sorted=False).values.min()
     return [(s >= least) & (s > 0) for s in scores]
 
 

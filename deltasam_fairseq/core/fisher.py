@@ -68,6 +68,8 @@ class FisherMask(Mask):
 
     def state_dict(self) -> Dict[str, Any]:
         """Return the mask; tensors and plain values, empty before the first."""
+        if self._loaded is not None:  # and not needed yet
+            return self._loaded
         if self._renewed is None:
             return {}
         flat = torch.cat([m.flatten() for m in self._mask.values()]).cpu()
@@ -94,11 +96,10 @@ def _squared_gradients(passes: Any, params: Sequence[Parameter]) -> List[Tensor]
     sums = [torch.zeros_like(p, dtype=torch.float32) for p in params]
     passes.replay()
     for i in range(passes.count):
-        if passes.is_dummy(i):
-            continue
         with passes.no_sync_unless_last(last=False):
             losses = passes.losses(passes.forward(i))
-        for loss in losses.unbind():
+        # A dummy's forward is made too: data-parallel wrappers may communicate in it.
+        for loss in () if passes.is_dummy(i) else losses.unbind():
             grads = torch.autograd.grad(
                 loss * passes.scale, list(params), retain_graph=True, allow_unused=True
             )

@@ -2,7 +2,6 @@
 
 from typing import List
 
-import torch
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import Reweighting, gibbs_factors, gibbs_reweight, largest_size

@@ -24,8 +24,8 @@ class GSAM(Descent):
         self._clean: Dict[Parameter, Tensor] = {}
 
     def keep(self, params: Sequence[Parameter], divisor: Union[float, Tensor]) -> None:
-        # The tensors themselves: zero_grad gives the parameters others.
-        self._clean = {p: p.grad for p in params if p.grad is not None}
+        # Copies: with --gradient-as-bucket-view the descent's reduction writes to the same memory.
+        self._clean = {p: p.grad.clone() for p in params if p.grad is not None}
 
     @torch.no_grad()
     def correct_(self, grads: Mapping[Parameter, Tensor]) -> None:

@@ -178,7 +178,7 @@ class SAMConfig(FairseqDataclass):
             "help": "functional SAM (Singh et al. 2025): the gradient at w + eps* keeps the "
             "gradients of the outputs that were found at w. For sentence_prediction, plain, "
             "sentence_ranking, masked_lm, cross_entropy, label_smoothed_cross_entropy, distill, "
-            "span_prediction"
+            "seq2seq_distill, span_prediction"
         },
     )
 
@@ -368,6 +368,9 @@ def check_optimizer_config(cfg: Any) -> None:
     for need in NEEDS:
         if in_force(cfg, need.option) and getattr(cfg, need.other) not in need.values:
             raise UsageError(f"{_as_given(cfg, need.option)}: {need.remedy}")
+    if str(getattr(cfg, "delta_sam_weights", "linear")) == "gibbs":
+        remedy = "scales linear weights; --delta-sam-lambda scales gibbs, drop --delta-sam-beta"
+        require(not in_force(cfg, "delta_sam_beta"), "delta_sam_beta", cfg.delta_sam_beta, remedy)
     for one, other, why in CONFLICTS:
         if in_force(cfg, one) and in_force(cfg, other):
             both = f"{_as_given(cfg, one)} cannot be combined with {_as_given(cfg, other)}"

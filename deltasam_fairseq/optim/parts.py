@@ -18,12 +18,15 @@ from deltasam_fairseq.core import (
     Weighting,
 )
 from deltasam_fairseq.optim.config import weights_strength
+from deltasam_fairseq.options import require
 
 Lr = Callable[[], float]
 
 
 def _along_lr(cfg: Any, lr: Lr) -> Radius:
     highest = max(cfg.lr) if cfg.sam_rho_lr_max is None else cfg.sam_rho_lr_max
+    remedy = f"must be below the largest learning rate, {highest:g}, where rho is --sam-rho"
+    require(cfg.sam_rho_lr_min < highest, "sam_rho_lr_min", cfg.sam_rho_lr_min, remedy)
     return RhoAlongLR(cfg.sam_rho, cfg.sam_rho_min, highest, cfg.sam_rho_lr_min, lr)
 
 

@@ -15,13 +15,16 @@ from typing import Any, Callable, ContextManager, Dict, Iterator, List, NamedTup
 import torch
 from fairseq import utils
 from fairseq.distributed import utils as distributed_utils
+from fairseq.trainer import Trainer
 from torch import Tensor
 
 from deltasam_fairseq.algorithms import Part, groups_of
 from deltasam_fairseq.core import AscentFigures, RngReplay
+from deltasam_fairseq.optim import SharpnessAwareOptimizer
 from deltasam_fairseq.trainer.ascent import AscentStep, FairseqPasses, Prepared
 from deltasam_fairseq.trainer.gradient_sync import GradientSync
 from deltasam_fairseq.trainer.metrics import StepMetrics
+from deltasam_fairseq.trainer.perturbed_weights import PerturbedWeights
 from deltasam_fairseq.trainer.subsampling import number_of_sentences, take_sentences
 
 _OPTION = "--sam-micro"
@@ -64,7 +67,27 @@ class Group(NamedTuple):
 
 
 class GroupedAscents(AscentStep):
-    """Moves fairseq's model to ``w + eps_k`` of each group, before fairseq's pass over it."""
+    """Moves fairseq's model to ``w + eps_k`` of each group, before fairseq's pass over it.
+
+    Raises:
+        ValueError: torch's wrapper would communicate where other ranks do not.
+    """
+
+    def __init__(
+        self, trainer: Trainer, sam: SharpnessAwareOptimizer, weights: PerturbedWeights
+    ) -> None:
+        super().__init__(trainer, sam, weights)
+        cfg = trainer.cfg.distributed_training
+        if trainer.data_parallel_world_size == 1 or cfg.ddp_backend == "legacy_ddp":
+            return
+        criterion = utils.has_parameters(trainer.get_criterion())
+        if criterion or cfg.broadcast_buffers or not cfg.find_unused_parameters:
+            raise ValueError(
+                f"{_OPTION} {sam.micro}: ranks have different groups, but --ddp-backend "
+                f"{cfg.ddp_backend} lets them communicate in forwards (--broadcast-buffers, or "
+                "without --find-unused-parameters) and in backwards (a criterion with weights); "
+                "use --ddp-backend legacy_ddp"
+            )
 
     def run(
         self, samples: List[Prepared], replay: RngReplay, loss_scale: Union[float, Tensor]
@@ -114,14 +137,6 @@ class GroupedAscents(AscentStep):
         trainer = self._trainer
         if trainer.data_parallel_world_size == 1:
             return own
-        if trainer.cfg.distributed_training.ddp_backend != "legacy_ddp" and utils.has_parameters(
-            trainer.get_criterion()
-        ):
-            raise ValueError(
-                f"{_OPTION} {self._sam.micro}: torch reduces the gradients of the criterion's own "
-                "parameters in every backward, and ranks may have different numbers of groups; "
-                "use --ddp-backend legacy_ddp"
-            )
         counts = torch.zeros(
             len(own), trainer.data_parallel_world_size, dtype=torch.long, device=trainer.device
         )

@@ -1,12 +1,12 @@
 """Log the figures of a sharpness-aware update."""
 
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any, Container, Dict, List, Optional, Tuple
 
 import torch
 from fairseq.logging import metrics
 from torch import Tensor
 
-from deltasam_fairseq.core import AscentFigures
+from deltasam_fairseq.core import AscentFigures, DeltaWeighting, Mask, Parts
 from deltasam_fairseq.criterions import OutputsAtW
 
 Logs = List[Dict[str, Any]]
@@ -299,18 +299,30 @@ def without_ascent() -> None:
                 meters.priorities = [entry for entry in meters.priorities if entry[-1] != key]
 
 
-def drop_meters_of_ascent(sam: bool, delta_sam: bool) -> None:
+def keys_without(parts: Parts) -> List[str]:
+    """Return the keys that only other methods' updates log."""
+    logged = {
+        "sam_rho": parts.radius.varies,
+        "sam_mask_share": type(parts.mask) is not Mask,
+        "delta_sam_r": isinstance(parts.weighting, DeltaWeighting),
+        "delta_sam_negative": isinstance(parts.weighting, DeltaWeighting),
+    }
+    return [key for key, there in logged.items() if not there]
+
+
+def drop_meters_of_ascent(sam: bool, delta_sam: bool, unused: Container[str] = ()) -> None:
     """Drop loaded meters that this run never updates; fairseq would log them as null.
 
     Args:
         sam: whether the run has ascents.
         delta_sam: whether they are delta-SAM's.
+        unused: keys that the run's method does not have.
     """
     for aggregator in metrics._aggregators.values():
         for key in list(aggregator):
             of_delta_sam = key.startswith("delta_sam_")
             of_sam = key.startswith("sam_") or key in _AVERAGES
-            if (of_delta_sam and not delta_sam) or (of_sam and not sam):
+            if (of_delta_sam and not delta_sam) or (of_sam and not sam) or key in unused:
                 del aggregator[key]
                 aggregator.priorities = [e for e in aggregator.priorities if e[-1] != key]
 

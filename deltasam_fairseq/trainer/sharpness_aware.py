@@ -46,6 +46,7 @@ from deltasam_fairseq.trainer.groups import GroupedAscents, GroupedSamples
 from deltasam_fairseq.trainer.metrics import (
     StepMetrics,
     drop_meters_of_ascent,
+    keys_without,
     on_host,
     without_ascent,
 )
@@ -359,7 +360,8 @@ class SharpnessAwareTrainer(AveragingTrainer):
         with fitting_to_data(self._data_record, not reset_optimizer, store_ema):
             extra_state = super().load_checkpoint(filename, reset_optimizer, *args, **kwargs)
         sam = sharpness_aware(self.optimizer)
-        drop_meters_of_ascent(sam is not None, sam is not None and sam.reweights)
+        unused = [] if sam is None else keys_without(sam.core.parts)
+        drop_meters_of_ascent(sam is not None, sam is not None and sam.reweights, unused)
         if not reset_optimizer:
             load_extra_checkpoint_state(self, extra_state or {})
         return extra_state

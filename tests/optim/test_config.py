@@ -3,6 +3,7 @@
 import pytest
 
 from deltasam_fairseq.optim.config import CONFLICTS, NEEDS, DeltaSAMConfig, check_optimizer_config
+from deltasam_fairseq.optim.parts import parts_of
 from deltasam_fairseq.options import UsageError
 
 # A value of every option of the tables, other than its default, and what it needs itself.
@@ -73,3 +74,17 @@ def test_every_need_is_asked_for():
 )
 def test_schedules_of_rho_are_checked(values, message):
     assert (refused(**values) or "").startswith(message)
+
+
+@pytest.mark.parametrize("beta", [0.0, 20.0])
+def test_beta_is_not_ignored_beside_gibbs(beta):
+    found = refused(delta_sam_weights="gibbs", delta_sam_beta=beta)
+    assert found is not None and "--delta-sam-lambda scales gibbs" in found
+
+
+def test_the_schedule_must_be_able_to_move_rho():
+    """Without --sam-rho-lr-max the largest rate is that of --lr."""
+    cfg = DeltaSAMConfig(sam_rho_schedule="lr", sam_rho_lr_min=1e-3)
+    cfg.lr = [1e-5]
+    with pytest.raises(UsageError, match="--sam-rho-lr-min 0.001: must be below the largest"):
+        parts_of(cfg, lambda: 1e-5)

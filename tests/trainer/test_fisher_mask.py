@@ -117,6 +117,16 @@ def test_gradient_that_is_not_finite_keeps_the_mask(classification, tmp_path):
     assert mask.state_dict()["renewed"] == 1
 
 
+def test_a_state_that_is_not_needed_yet_is_saved_again(classification, tmp_path):
+    trainer = trainer_of(classification, tmp_path, "sam_adam", *FISHER)
+    mask = sharpness_aware(trainer.optimizer).core.parts.mask
+    trainer.train_step(tiny.batches(trainer)[:1])
+    state = mask.state_dict()
+    mask.load_state_dict(state)
+    again = mask.state_dict()
+    assert again["renewed"] == 0 and torch.equal(again["bits"], state["bits"])
+
+
 def test_state_of_another_model_is_not_used(classification, tmp_path):
     trainer = trainer_of(classification, tmp_path, "sam_adam", *FISHER)
     mask = sharpness_aware(trainer.optimizer).core.parts.mask

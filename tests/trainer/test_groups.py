@@ -8,6 +8,7 @@ from fairseq.logging import metrics
 from deltasam_fairseq.algorithms.reference import m_sharpness_reference
 from deltasam_fairseq.config_checks import check_config
 from deltasam_fairseq.optim import sharpness_aware
+from deltasam_fairseq.trainer.groups import GroupedAscents
 from tests.helpers import runs, tiny
 from tests.helpers.twin import RHO, Twin, trainer_of
 
@@ -197,3 +198,29 @@ def test_losses_that_depend_on_other_sentences_are_refused(classification, tmp_p
     monkeypatch.setattr(criterion, "sentences_are_independent", False, raising=False)
     with pytest.raises(ValueError, match="--sam-micro 4 .*--criterion sentence_prediction.*drop"):
         check_config(cfg)
+
+
+@pytest.mark.parametrize(
+    "words, accepted",
+    [
+        (["--ddp-backend", "legacy_ddp"], True),
+        (["--ddp-backend", "pytorch_ddp", "--find-unused-parameters"], True),
+        (["--ddp-backend", "pytorch_ddp"], False),
+        (
+            ["--ddp-backend", "pytorch_ddp", "--find-unused-parameters", "--broadcast-buffers"],
+            False,
+        ),
+    ],
+)
+def test_wrappers_that_communicate_in_forwards_are_refused(
+    classification, tmp_path, monkeypatch, words, accepted
+):
+    """Ranks have different groups, and would wait for each other."""
+    trainer = trainer_of(classification, tmp_path, "sam_adam", "--sam-micro", "4", *words)
+    args = (trainer, sharpness_aware(trainer.optimizer), trainer._ascent_step._weights)
+    monkeypatch.setattr(type(trainer), "data_parallel_world_size", 2)
+    if accepted:
+        GroupedAscents(*args)
+        return
+    with pytest.raises(ValueError, match="--sam-micro 4: .*use --ddp-backend legacy_ddp"):
+        GroupedAscents(*args)
