@@ -14,7 +14,7 @@ def kit(tmp_path_factory):
     return write_kit(tmp_path_factory.mktemp("kit"))
 
 
-def make(kit, tmp_path, *more, seconds=100, work=None):
+def make(kit, tmp_path, *more, seconds=400, work=None):  # it ends when all is done
     work = work or kit / "work"  # the model is converted once
     argv = ["--device", "cpu", "--seconds", seconds, "--kit", kit, "--jobs", 2, *more]
     argv += ["--work", work, "--out", tmp_path / "out"]
