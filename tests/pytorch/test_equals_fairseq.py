@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from deltasam_fairseq.criterions import per_sentence_losses
+from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.outputs import LogitsModel
 from deltasam_fairseq.optim import sharpness_aware
 from deltasam_fairseq.pytorch import SharpnessAware
@@ -47,15 +48,34 @@ def record(perturber, seen):
 @pytest.mark.parametrize("method", sorted(OPTIONS))
 def test_same_updates(classification, tmp_path, method, micro_batches):
     """g'_j, w + eps* and the weights of three updates, with dropout; to float64 rounding."""
-    argv = tiny.arguments(
-        classification,
-        tmp_path,
-        *("--optimizer", *OPTIONS[method], "--sam-rho", str(RHO), "--lr", str(LR)),
-    )
-    argv += ["--criterion", "float64_sentence_prediction", "--dropout", "0.1"]
+    options = [*OPTIONS[method], "--sam-rho", str(RHO), "--dropout", "0.1"]
+    compare(classification, tmp_path, method, options, micro_batches)
+
+
+@pytest.mark.parametrize("micro_batches", [1, 2])
+def test_same_updates_of_tram(classification, tmp_path, micro_batches, monkeypatch):
+    """With the same noise in both; they draw it differently. Without dropout, for the same d."""
+
+    def noise(like):
+        return torch.linspace(-1, 1, like.size(-1), dtype=like.dtype).sin().expand_as(like)
+
+    def of_batch(batch, kind, size):
+        return size * noise(batch.zeros()) * batch.mask.unsqueeze(-1)
+
+    monkeypatch.setattr(Batch, "noise", of_batch)
+    monkeypatch.setattr(torch, "randn_like", noise)
+    options = ["sam_sgd", "--sam-radius", "trust_region", "--sam-trust-sigma", "0.1"]
+    options += ["--dropout", "0", "--attention-dropout", "0"]
+    compare(classification, tmp_path, "tram", options, micro_batches, sigma=0.1)
+
+
+def compare(data, folder, method, options, micro_batches, **more):
+    """Require the same updates of both paths."""
+    argv = tiny.arguments(data, folder, "--optimizer", *options, "--lr", str(LR))
+    argv += ["--criterion", "float64_sentence_prediction"]
     trainer = tiny.build_trainer(argv, dtype=torch.float64)
     model, criterion = copy.deepcopy(trainer.get_model()), trainer.get_criterion()
-    sam = SharpnessAware(model, method, RHO, seed=trainer.cfg.common.seed)
+    sam = SharpnessAware(model, method, RHO, seed=trainer.cfg.common.seed, **more)
     optimizer = torch.optim.SGD(model.parameters(), lr=LR)
     seen = [], []
     record(sharpness_aware(trainer.optimizer).core, seen[0])
@@ -74,7 +94,8 @@ def test_same_updates(classification, tmp_path, method, micro_batches):
         sam.backward([lambda s=s: losses(s) for s in batch])
         optimizer.step()
         optimizer.zero_grad()
-    assert len(seen[0]) == len(seen[1]) == (6 if "delta_sam_sgd" in OPTIONS[method] else 3)
+    assert len(seen[0]) == len(seen[1]) == (6 if "delta_sam_sgd" in options else 3)
     for ours, theirs in zip(*seen):
         torch.testing.assert_close(ours, theirs, rtol=1e-8, atol=1e-10)
     torch.testing.assert_close(tiny.weights(trainer), small.weights(model), rtol=1e-9, atol=1e-11)
+    assert sam.figures()["sharpness"] != 0  # the weights moved
