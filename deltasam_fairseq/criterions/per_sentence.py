@@ -80,14 +80,9 @@ class _RecordingModel:
         return getattr(self._model, name)
 
 
-def _own_forward(criterion: Any, *args: Any, **kwargs: Any) -> Any:
-    """Call the forward of the criterion's class, whatever stands in for it during a descent."""
-    return type(criterion).forward(criterion, *args, **kwargs)
-
-
 def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
-    _, sample_size, logging_output = _own_forward(criterion, recorder, sample)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
     logits = at_least_float32(recorder.outputs[0][0])
     targets = model.get_targets(sample, [logits]).view(-1)
     if criterion.regression_target:
@@ -100,7 +95,7 @@ def _sentence_prediction(criterion: Any, model: Any, sample: Dict[str, Any]) -> 
 
 def _sentence_ranking(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
-    _, sample_size, logging_output = _own_forward(criterion, recorder, sample)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
     logits = at_least_float32(torch.cat([output[0] for output in recorder.outputs], dim=1))
     targets = model.get_targets(sample, [logits]).view(-1)
     losses = F.cross_entropy(logits, targets, reduction="none")
@@ -109,7 +104,7 @@ def _sentence_ranking(criterion: Any, model: Any, sample: Dict[str, Any]) -> Per
 
 def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     recorder = _RecordingModel(model)
-    _, sample_size, logging_output = _own_forward(criterion, recorder, sample)
+    _, sample_size, logging_output = criterion.forward(recorder, sample)
     logits = recorder.outputs[0][0]
     target = model.get_targets(sample, [logits])
     masked = target.ne(criterion.padding_idx)
@@ -127,7 +122,7 @@ def _masked_lm(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentenc
 
 def _token_level(criterion: Any, model: Any, sample: Dict[str, Any]) -> PerSentence:
     """Criterions whose ``forward(reduce=False)`` returns the loss of every target token."""
-    losses, sample_size, logging_output = _own_forward(criterion, model, sample, reduce=False)
+    losses, sample_size, logging_output = criterion.forward(model, sample, reduce=False)
     losses = sum_tokens(losses.view(sample["target"].size(0), -1))
     logging_output = {
         key: value.sum() if torch.is_tensor(value) else value
