@@ -122,20 +122,6 @@ def test_views_depend_on_seed_epoch_and_sentence_alone(sentence_embedding, tmp_p
     assert any(not torch.equal(b, other) for (_, b), (_, other) in zip(pairs, again))
 
 
-def test_epochs_have_batches_of_their_own(sentence_embedding, tmp_path):
-    """With numpy seeded alike, as fairseq 0.12.2 does; a task made again has the same order."""
-    orders = []
-    for seed in ("1", "1", "2"):
-        dataset = trainer_of(sentence_embedding, tmp_path, "--seed", seed).task.dataset("train")
-        for epoch in (1, 2):
-            dataset.set_epoch(epoch)
-            np.random.seed(5)
-            orders.append(dataset.ordered_indices().tolist())
-    assert orders[:2] == orders[2:4]
-    assert len({tuple(order) for order in orders}) == 4
-    assert all(sorted(order) == list(range(32)) for order in orders)
-
-
 def test_mask_token_and_literal_text(sentence_embedding, tmp_path):
     """BERT's text [MASK] is its mask token; other models read it as words."""
     own, literal = (
