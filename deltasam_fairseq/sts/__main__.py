@@ -5,7 +5,7 @@
         --pooling cls
 
 ``STS/`` has SentEval's folders ``STS12-en-test`` to ``STS16-en-test``, ``STSBenchmark`` and
-``SICK``; what is not there is left out of the average, and the output says so.  The score of a set
+``SICK``; what is not there is not in the average, and the output says so.  The score of a set
 is Spearman's correlation of cosines and scores, times 100, over all scored pairs of all files of
 the set together (STS13 without SMT, STS-B test, SICK-R test).
 """

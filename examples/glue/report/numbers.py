@@ -28,7 +28,7 @@ def summarise(runs: Runs, time_baseline: Optional[str]) -> pd.DataFrame:
         updates_per_second, timed_by: n over the sum of seconds an update; how it was measured.
         time: seconds an update relative to the method ``time_baseline``.
         rho, sharpness, sharpness_std: radius, and the rise of the loss there.
-        ...: means of what stands beside the metric, at the same epochs.
+        ...: means of what was logged with the metric, at the same epochs.
 
     With several tasks, rows of the task AVERAGE follow: best, median, mean and last are means of
     the tasks' figures, as papers have them; std is of the seeds' averages; time is the geometric

@@ -73,7 +73,7 @@ class Run(NamedTuple):
         why: what is wrong, in words; empty for a complete run.
         best, last: the task's metric at its best and at its last epoch; NaN where there is none.
         best_epoch: the epoch of ``best``, which with `rescored` need not be the best one.
-        parts: what stands beside the metric, at the same epoch.
+        parts: what was logged with the metric, at the same epoch.
         settings: fairseq's options, by name; empty where hydra left no configuration.
         rises: rise of the loss along SAM's ascent, by its radius rho, at the last weights.
         curves: loss along lines through the last weights, as sharpness.json has them.
