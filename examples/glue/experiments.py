@@ -8,6 +8,8 @@ wrong-labels  TREC (40 %) and SST-2 (30 %), clean too, 10 epochs; lr, rho, beta 
 few-labels    300 rows of TREC, SST-2 and MRPC, likewise
 mrpc          MRPC, 3 epochs, rho and beta by a held-out part, 3 seeds
 
+The same command goes on with what is not done yet; --dry-run shows on a few rows that it works.
+
 Runs are those of examples.glue.run.  OUT/trainings.json has the figures of every epoch of every
 run, WORK/trainings.md the tables; both are rewritten as runs end.
 """
@@ -94,7 +96,8 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
-    add("--device", choices=("cuda", "cpu"), required=True, help="cpu: a dry run, few rows")
+    add("--device", choices=("cuda", "cpu"), required=True, help="where the runs compute")
+    add("--dry-run", action="store_true", help="a few rows, an epoch, one seed, two methods")
     add("--seconds", type=ranged(int, at_least=1), required=True, help="after which it ends")
     add("--kit", type=Path, required=True, help="folder with minilm/ and glue/")
     add("--work", type=Path, required=True, help="folder for data, runs and trainings.md")
@@ -102,6 +105,11 @@ def parser() -> argparse.ArgumentParser:
     add("--experiment", choices=("glue", *GROUPS, "mrpc"), default="glue")
     add("--only", nargs="+", metavar="SETTING", help="of text tasks, as TREC-40 (default: all)")
     add("--lr", nargs="+", type=float, help="to choose from (default: 3e-5 1e-4 3e-4)")
+    add("--rho", nargs="+", type=float, help="to choose from (default: 0.001 to 0.3)")
+    add("--beta", nargs="+", type=float, help="to choose from (default: 3 10 30)")
+    add("--by", choices=("best", "last"), default="best", help="epoch that chooses (default: best)")
+    add("--methods", nargs="+", help="of text tasks, as adam sam delta_sam (default: all)")
+    add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of text tasks (default: 5)")
     add("--data", type=Path, help="folder with TREC/ and SST-2/, TSV files (default: KIT/text)")
     add("--model", type=Path, help="MiniLM converted before (default: KIT/minilm is converted)")
     add("--jobs", type=int, default=14, help="runs at a time (default: 14)")
@@ -118,13 +126,12 @@ class Trainings:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.begin = args, time.monotonic()
-        self.small = args.device == "cpu"  # a dry run
-        self.gpus = 0 if self.small else torch.cuda.device_count()
+        self.small = args.dry_run
+        self.gpus = 0 if args.device == "cpu" else torch.cuda.device_count()
         self.folder = args.work / args.experiment
         self.model = args.model.absolute() if args.model else args.work / "minilm" / "model"
         self.grid = {name: v[-2:-1] if self.small else v for name, v in GRID.items()}
-        if args.lr:
-            self.grid["lr"] = tuple(args.lr)
+        self.grid.update({name: given for name in GRID if (given := getattr(args, name))})
         self.done: Dict[str, Any] = {}
         self.precision = args.precision or "fp32"
 
@@ -238,7 +245,7 @@ class Trainings:
                 )
                 for setting in group
                 for methods in self.methods(setting)
-                for seed in range(1, 2 if self.small else 6)
+                for seed in self.args.seeds[: 1 if self.small else None]
                 for method in methods
             ]
             self.run([[job] for job in jobs], options)
@@ -251,6 +258,8 @@ class Trainings:
         """Return the methods of a setting; those of a group are run with all seeds first."""
         if self.small:
             return [("adam", "adam_2x")]
+        if self.args.methods:
+            return [self.args.methods]
         return [METHODS, RIVALS, ONLY_NOISE if setting.noise else ()]
 
     def noisy_data(self, setting: Setting, out: Path) -> Stage:
@@ -274,6 +283,7 @@ class Trainings:
         """Choose lr, rho and beta on the held-out part; return them by task."""
         for name, values in self.grid.items():
             setattr(options, name, list(values))
+        options.by = self.args.by
         _complain(glue.check_common(options))
         search.search(options, overrides, self.gpus)
         record = json.loads((options.out / "chosen.json").read_text(encoding="utf-8"))

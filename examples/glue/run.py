@@ -42,9 +42,12 @@ CONFIG = Path(__file__).resolve().parent / "config"
 PYTHON = sys.executable
 GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
 OPTIMIZERS = ("adam", "sam", "delta_sam")
+# SAM's family, at the rho that was chosen for SAM
+AT_RHO = ("m_sharpness_4", "m_sharpness_1", "rw_sam", "functional_sam", "gsam", "fisher_sam")
+FAMILY = ("asam", "tram", *AT_RHO)
 HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.py chooses
-    "adam": (),
-    "sam": ("sam_rho",),
+    **dict.fromkeys(("adam", *FAMILY), ()),
+    **dict.fromkeys(("sam", *AT_RHO), ("sam_rho",)),
     "delta_sam": ("sam_rho", "delta_sam_beta"),
 }
 LR = "lr"  # of every optimizer, chosen too where search.py has --lr
@@ -137,7 +140,11 @@ def parser() -> argparse.ArgumentParser:
     add = options.add_argument
     add("--data", type=Path, help="instead of --glue-dir: folder with prepared <task> folders")
     add(
-        "--methods", nargs="+", default=list(OPTIMIZERS), help="one optimizer of adam sam delta_sam"
+        "--methods",
+        nargs="+",
+        default=list(OPTIMIZERS),
+        help=f"one optimizer of {' '.join(OPTIMIZERS + FAMILY)}, one of {' '.join(REGULARISERS)}, "
+        f"one of {' '.join(AVERAGES)}, or several joined by + (default: {' '.join(OPTIMIZERS)})",
     )
     add("--teacher", help="checkpoint that distill learns from; {task} stands for the task")
     add(
@@ -164,14 +171,14 @@ def method_overrides(
         ValueError: for a name that is none of them.
     """
     parts = method.split("+")
+    known = OPTIMIZERS + FAMILY + REGULARISERS + AVERAGES
     for part in parts:
-        if part not in OPTIMIZERS + REGULARISERS + AVERAGES:
+        if part not in known:
             raise ValueError(
-                f"--methods {method}: {part!r} is not known; of "
-                f"{', '.join(OPTIMIZERS + REGULARISERS + AVERAGES)} take one optimizer, one "
-                "regulariser, one average, or several joined by +"
+                f"--methods {method}: {part!r} is not known; of {', '.join(known)} take one "
+                "optimizer, one regulariser, one average, or several joined by +"
             )
-    optimizers = [part for part in parts if part in OPTIMIZERS]
+    optimizers = [part for part in parts if part in OPTIMIZERS + FAMILY]
     regularisers = [part for part in parts if part in REGULARISERS]
     averages = [part for part in parts if part in AVERAGES]
     if max(map(len, (optimizers, regularisers, averages))) > 1:

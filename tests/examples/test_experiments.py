@@ -16,7 +16,7 @@ def kit(tmp_path_factory):
 
 def make(kit, tmp_path, *more, seconds=400, work=None):  # it ends when all is done
     work = work or kit / "work"  # the model is converted once
-    argv = ["--device", "cpu", "--seconds", seconds, "--kit", kit, "--jobs", 2, *more]
+    argv = ["--device", "cpu", "--dry-run", "--seconds", seconds, "--kit", kit, "--jobs", 2, *more]
     argv += ["--work", work, "--out", tmp_path / "out"]
     result = run_module("examples.glue.experiments", argv, tmp_path / "said")
     record = json.loads((tmp_path / "out" / "trainings.json").read_text())

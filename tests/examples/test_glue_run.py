@@ -374,7 +374,7 @@ def test_the_gpus_are_those_that_the_user_left_visible(monkeypatch):
 
 def test_every_method_of_every_task_has_its_files():
     module = glue_run
-    methods = [*module.OPTIMIZERS, *module.REGULARISERS]
+    methods = [*module.OPTIMIZERS, *module.FAMILY, *module.REGULARISERS]
     methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
     methods += [f"{m}+{a}" for m in methods for a in module.AVERAGES]
     for task, method in itertools.product(TASKS, methods):
