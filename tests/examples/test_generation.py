@@ -1,14 +1,12 @@
 """examples/generation: the runner from text to table at a small size, and the task's sentences."""
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from examples.generation.telegrams import telegram
+from tests.helpers.processes import run_module
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "generation"
@@ -38,14 +36,10 @@ def text(tmp_path_factory):
     return path
 
 
-def run(*more, code=0):
-    command = [sys.executable, "-m", "examples.generation.run", "--cores", "1", *more]
-    result = subprocess.run(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": ""},
+def run(folder, *more, code=0):
+    argv = ["--cores", "1", *more]
+    result = run_module(
+        "examples.generation.run", argv, folder / "said", {"CUDA_VISIBLE_DEVICES": ""}
     )
     assert result.returncode == code, result.stdout
     return result.stdout
@@ -54,7 +48,7 @@ def run(*more, code=0):
 def test_from_text_to_table(text, tmp_path):
     small = ["--text", text, "--updates", "3", "--held-out", "4", "--vocabulary", "26"]
     small += ["--beam", "2", "--out", tmp_path, "--", "--max-tokens", "64"]
-    table = run(*small)
+    table = run(tmp_path, *small)
     for method in ("adam", "delta_sam_adam"):
         assert re.search(rf"^\| {method} +\| [\d.]+ +\| [\d.]+ +\| \d+ +\|$", table, re.M), table
     assert re.search(r"^\| the source as it is \| [\d.]+ +\| +\| +\|$", table, re.M)
@@ -62,7 +56,7 @@ def test_from_text_to_table(text, tmp_path):
     assert (tmp_path / "report.md").read_text() in table
     log = (tmp_path / "runs" / "delta_sam_adam-seed1" / "train.log").read_text()
     assert '"train_sharpness"' in log and '"train_num_updates": "3"' in log
-    again = run(*small)
+    again = run(tmp_path, *small)
     assert again.count("already there") == 5 and again.count("| adam ") == 1
 
 
@@ -75,10 +69,10 @@ def test_from_text_to_table(text, tmp_path):
     ],
 )
 def test_wrong_options(tmp_path, options, expected):
-    output = run("--out", tmp_path, *options, code=2)
+    output = run(tmp_path, "--out", tmp_path, *options, code=2)
     assert all(part in output for part in expected)
 
 
 def test_too_little_text_is_named(text, tmp_path):
-    output = run("--text", text, "--held-out", "32", "--out", tmp_path, code=1)
+    output = run(tmp_path, "--text", text, "--held-out", "32", "--out", tmp_path, code=1)
     assert "64 lines, none left for train" in output

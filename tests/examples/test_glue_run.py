@@ -4,11 +4,8 @@ import csv
 import fcntl
 import itertools
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 import types
 from pathlib import Path
 
@@ -18,6 +15,7 @@ import yaml
 
 from examples.glue import run as glue_run
 from tests.helpers import runs, tiny
+from tests.helpers.processes import run_module
 
 ROOT = Path(__file__).parents[2]
 GLUE = ROOT / "examples" / "glue"
@@ -93,29 +91,23 @@ def prepared(tmp_path_factory):
     return folder, runs.train(data, folder / "start", "--max-update", "1").save_dir
 
 
-def output_of(command, code, folder):
+def output_of(module, argv, code, folder):
     """What a program says, started in a folder and without GPUs; it has to end with the code."""
-    result = subprocess.run(
-        list(map(str, command)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        universal_newlines=True,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)},
-        cwd=folder,
-    )
+    env = {"CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+    result = run_module(module, argv, folder / "said", env, folder)
     assert result.returncode == code, result.stdout
     return result.stdout
 
 
 def run(prepared, out, *more, code=0):
     folder, start = prepared
-    command = [
-        *(sys.executable, "-m", "examples.glue.run", "--data", folder / "data"),
+    argv = [
+        *("--data", folder / "data"),
         *("--checkpoint", start / "checkpoint_last.pt", "--backbone", "roberta_base"),
         *("--tasks", "RTE", "--methods", "adam", "r3f+delta_sam", "--seeds", "1"),
         *("--cores", "1", "--jobs", "2", "--out", out, *more),
     ]
-    return output_of(command, code, folder)
+    return output_of("examples.glue.run", argv, code, folder)
 
 
 class TestRunner:
@@ -255,30 +247,25 @@ def raw(tmp_path_factory):
         "\n".join("[PAD] [UNK] [CLS] [SEP] [MASK]".split() + [*letters])
     )
     (folder / "dict.txt").write_text("".join(f"{letter} 1\n" for letter in letters))
-    prepare_glue = [sys.executable, "-m", "deltasam_fairseq.glue.prepare"]
-    subprocess.run(
-        [
-            *prepare_glue,
-            *("--glue-dir", str(folder / "GLUE"), "--task", "CoLA", "--any-rows"),
-            *("--dict", str(folder / "dict.txt"), "--out", str(folder / "data")),
-            *("--bpe", "wordpiece", "--wordpiece-vocab", str(folder / "vocab.txt")),
-        ],
-        check=True,
-    )
+    argv = [
+        *("--glue-dir", folder / "GLUE", "--task", "CoLA", "--any-rows"),
+        *("--dict", folder / "dict.txt", "--out", folder / "data"),
+        *("--bpe", "wordpiece", "--wordpiece-vocab", folder / "vocab.txt"),
+    ]
+    output_of("deltasam_fairseq.glue.prepare", argv, 0, folder)
     return folder, runs.train(folder / "data", folder / "start", "--max-update", "1").save_dir
 
 
 def search(raw, out, *more, code=0):
     folder, start = raw
-    command = [
-        *(sys.executable, "-m", "examples.glue.search", "--any-rows"),
-        *("--glue-dir", folder / "GLUE"),
+    argv = [
+        *("--any-rows", "--glue-dir", folder / "GLUE"),
         *("--checkpoint", start / "checkpoint_last.pt", "--dict", folder / "dict.txt"),
         *("--bpe", "wordpiece", "--bpe-options", f"wordpiece-vocab={folder / 'vocab.txt'}"),
         *("--backbone", "roberta_base", "--tasks", "CoLA", "--cores", "1", "--jobs", "2"),
         *("--out", out, *more),
     ]
-    return output_of(command, code, folder)
+    return output_of("examples.glue.search", argv, code, folder)
 
 
 def test_an_own_task_is_trained_by_the_default_recipe(raw, tmp_path):
@@ -286,15 +273,16 @@ def test_an_own_task_is_trained_by_the_default_recipe(raw, tmp_path):
     folder, start = raw
     shutil.copytree(folder / "GLUE" / "CoLA", tmp_path / "DATA" / "MINE")
     small = [word for word in SMALL if "max_update" not in word]
-    command = [
-        *(sys.executable, "-m", "examples.glue.run", "--glue-dir", tmp_path / "DATA"),
+    argv = [
+        *("--glue-dir", tmp_path / "DATA"),
         *("--tasks", "MINE", "--task-columns", "4", "2", "--train-rows", "32"),
         *("--label-noise", "0.4", "--checkpoint", start / "checkpoint_last.pt"),
         *("--dict", folder / "dict.txt", "--bpe", "wordpiece"),
         *("--bpe-options", f"wordpiece-vocab={folder / 'vocab.txt'}", "--backbone", "roberta_base"),
         *("--methods", "sam", "--seeds", "1", "--cores", "1", "--out", tmp_path / "out"),
     ]
-    assert "1 of 1 runs are done" in output_of([*command, "--", *small], 0, folder)
+    text = output_of("examples.glue.run", [*argv, "--", *small], 0, folder)
+    assert "1 of 1 runs are done" in text
     log = (tmp_path / "out" / "MINE" / "sam-seed1" / "train.log").read_text()
     assert '"train_num_updates": "20"' in log and '"train_sharpness"' in log
     record = json.loads((tmp_path / "out" / "data" / "MINE" / "task.json").read_text())

@@ -22,6 +22,8 @@ from typing import Any, Dict, List, Optional, Sequence
 
 import torch
 
+from examples.common import warm
+
 HERE = Path(__file__).parent
 PATH = str(HERE.parent.parent)
 
@@ -29,7 +31,8 @@ _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(
     [
         *("fairseq_cli.train", "fairseq_cli.validate", "fairseq_cli.generate", "sklearn.metrics"),
-        "torch._dynamo",  # 0.8 s, else when the first optimizer is made
+        *("pandas", "scipy.stats", "matplotlib.pyplot"),
+        *warm.PRELOAD,  # among them torch._dynamo, 0.8 s, else when the first optimizer is made
     ]
 )
 
@@ -38,6 +41,18 @@ def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]
+
+
+def _fork_warm_server() -> None:
+    """Let the server of examples.common.warm be a fork of this process, imports and all."""
+    warm._server, theirs = socket.socketpair()
+    if not os.fork():
+        warm._server.close()
+        os.environ.update(warm.SERVER)
+        sys.path.insert(0, "")  # the program's folder takes this place
+        warm.become(*warm.serve(theirs))
+        sys.exit()
+    theirs.close()
 
 
 def _become(
@@ -60,6 +75,8 @@ def _become(
         sys.argv = [str(program.__file__), *argv]
         program.cli_main()
     else:
+        if module.startswith("examples."):
+            _fork_warm_server()
         sys.argv = [module, *argv]
         runpy.run_module(module, run_name="__main__", alter_sys=True)
 
