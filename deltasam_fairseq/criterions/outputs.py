@@ -22,6 +22,7 @@ from deltasam_fairseq.algorithms import at_least_float32, functional_loss, trust
 from deltasam_fairseq.criterions.base import RegularisedCriterion
 from deltasam_fairseq.criterions.batch import Batch
 from deltasam_fairseq.criterions.per_sentence import PerSentence, detached, per_sentence_losses
+from deltasam_fairseq.fairseq_patches.patching import replaced
 
 # Exact types: a subclass may have another loss.
 _STOCK = (
@@ -90,14 +91,15 @@ class OutputsAtW:
     @contextlib.contextmanager
     def found_in(self, i: int) -> Iterator[None]:
         """Within, the criterion's forward of micro-batch ``i`` at w also finds them."""
+        own = self._criterion.forward
 
         def forward(model: Any, sample: Any, reduce: bool = True) -> Tuple[Tensor, Any, Any]:
             at_w = LogitsModel(model, cut=False)
-            loss, *rest = type(self._criterion).forward(self._criterion, at_w, sample, reduce)
+            loss, *rest = own(at_w, sample, reduce)
             self._find(i, loss, at_w)
             return (loss, *rest)
 
-        with self._criterion_calls(forward):
+        with replaced(self._criterion, "forward", forward):
             yield
 
     def per_sentence_losses(self, i: int, model: Any, sample: Dict[str, Any]) -> PerSentence:
@@ -136,7 +138,7 @@ class OutputsAtW:
                 batch = Batch(model, {"net_input": inputs}, None, {})  # type: ignore[arg-type]
                 delta = batch.noise("normal", sigma)
                 noise.enter_context(batch.embeddings.perturbed(batch.tokens, delta))
-            type(self._criterion).forward(self._criterion, noised, sample)
+            self._criterion.forward(noised, sample)
         if isinstance(self._criterion, RegularisedCriterion):
             return self._objective_divergence(model, sample, noised.logits[0], clean[0])
         after, before = (
@@ -165,14 +167,14 @@ class OutputsAtW:
         Raises:
             ValueError: in the forward, if the loss depends on weights beside the logits.
         """
-        calls = 0
+        calls, own = 0, self._criterion.forward
 
         def forward(model: Any, sample: Any, reduce: bool = True) -> Tuple[Tensor, Any, Any]:
             nonlocal calls
             deltas = self._deltas[calls % len(self._deltas)]  # fairseq's NanDetector goes round
             calls += 1
             moved = LogitsModel(model, cut=True)
-            loss, *rest = type(self._criterion).forward(self._criterion, moved, sample, reduce)
+            loss, *rest = own(moved, sample, reduce)
             if loss.requires_grad:
                 raise ValueError(
                     f"--sam-functional: the loss of {type(self._criterion).__name__} depends on "
@@ -181,17 +183,5 @@ class OutputsAtW:
                 )
             return (functional_loss(loss, moved.logits, deltas), *rest)
 
-        with self._criterion_calls(forward):
+        with replaced(self._criterion, "forward", forward):
             yield
-
-    @contextlib.contextmanager
-    def _criterion_calls(self, forward: Any) -> Iterator[None]:
-        criterion: Any = self._criterion
-        replaced = vars(criterion).get("forward")
-        criterion.forward = forward
-        try:
-            yield
-        finally:
-            del criterion.forward
-            if replaced is not None:  # of the update that --amp repeats
-                criterion.forward = replaced

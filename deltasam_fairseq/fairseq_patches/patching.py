@@ -47,10 +47,13 @@ def patch(owner: Any, name: str, replacement: Callable[..., Any]) -> None:
 
 @contextlib.contextmanager
 def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
-    """Let ``owner.name`` be ``value`` inside the with statement."""
-    before = getattr(owner, name)
+    """Let ``owner.name`` be ``value`` inside the with statement, and what it was after it."""
+    own, before = name in vars(owner), getattr(owner, name)
     setattr(owner, name, value)
     try:
         yield
     finally:
-        setattr(owner, name, before)
+        if own:
+            setattr(owner, name, before)
+        else:  # the class's
+            delattr(owner, name)

@@ -27,6 +27,7 @@ from deltasam_fairseq.checkpoints import DataRecord
 from deltasam_fairseq.checkpoints.data_record import KEY as DATA
 from deltasam_fairseq.core import RngReplay
 from deltasam_fairseq.criterions import RegularisedCriterion, has_per_sentence_losses
+from deltasam_fairseq.fairseq_patches.patching import replaced
 from deltasam_fairseq.optim import (
     SharpnessAwareOptimizer,
     gradients_of_masters,
@@ -84,6 +85,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         self._step_metrics: Optional[StepMetrics] = None
         # --amp: fairseq repeats an update that overflowed by a call of train_step from within.
         self._descent_in_progress = False
+        self._replaced_in_descent = contextlib.ExitStack()
         self._amp_repeats = 0
         self._ran_out_of_memory = False
         self._last_update = 0
@@ -143,6 +145,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if self._descent_in_progress:
             self._amp_repeats += 1
             self._count_overflow(self._step_metrics)
+            self._replaced_in_descent.close()  # the ascent to come calls the originals
         sam.restore()
         if not sam.active(self.get_num_updates()):
             sam.skip_ascent()
@@ -160,16 +163,10 @@ class SharpnessAwareTrainer(AveragingTrainer):
         (data2vec_text) would average perturbed weights, and several times an update.
         """
         model = self.get_model()
-        replaced = vars(model).get("set_num_updates")
-        try:
-            self.model.train()
-            model.set_num_updates(self.get_num_updates())
-            model.set_num_updates = lambda num_updates: None
+        self.model.train()
+        model.set_num_updates(self.get_num_updates())
+        with replaced(model, "set_num_updates", lambda num_updates: None):
             yield
-        finally:
-            vars(model).pop("set_num_updates", None)
-            if replaced is not None:  # of the update that --amp repeats
-                model.set_num_updates = replaced
 
     def _perturbed_update(
         self, sam: SharpnessAwareOptimizer, samples: List[Any], raise_oom: bool
@@ -207,12 +204,13 @@ class SharpnessAwareTrainer(AveragingTrainer):
         """fairseq's own train_step; count the updates that it skips for an overflow."""
         updates, repeats = self.get_num_updates(), self._amp_repeats
         outputs = None if self._step_metrics is None else self._step_metrics.outputs
-        along = outputs is not None and outputs.gradients
-        along_outputs = outputs.descent() if outputs and along else contextlib.nullcontext()
         self._ran_out_of_memory = False
         try:
             self._descent_in_progress = True
-            with self._gradients_corrected(), along_outputs:
+            with contextlib.ExitStack() as self._replaced_in_descent:
+                self._replaced_in_descent.enter_context(self._gradients_corrected())
+                if outputs is not None and outputs.gradients:
+                    self._replaced_in_descent.enter_context(outputs.descent())
                 stats = self._fairseqs_step(samples, raise_oom)
         finally:
             self._descent_in_progress = False
@@ -237,20 +235,14 @@ class SharpnessAwareTrainer(AveragingTrainer):
         if not descent.corrects:
             yield
             return
-        multiply = type(optimizer).multiply_grads  # not that of the update that --amp repeats
-        replaced = vars(optimizer).get("multiply_grads")
+        multiply = optimizer.multiply_grads
 
         def correct_and_multiply(c: Any) -> None:
             descent.correct_(gradients_to_step_along(optimizer, self._trainable()))
-            multiply(optimizer, c)
+            multiply(c)
 
-        optimizer.multiply_grads = correct_and_multiply
-        try:
+        with replaced(optimizer, "multiply_grads", correct_and_multiply):
             yield
-        finally:
-            del optimizer.multiply_grads
-            if replaced is not None:
-                optimizer.multiply_grads = replaced
 
     def _count_overflow(self, log: Optional[StepMetrics]) -> None:
         where = "descent" if log is not None and torch.isfinite(log.figures.gnorm) else "ascent"

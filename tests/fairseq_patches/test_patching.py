@@ -82,3 +82,7 @@ def test_replaced_for_the_length_of_a_call(owner):
         assert owner.method is len
         raise KeyError
     assert owner.method is before
+    one = owner()
+    with replaced(one, "method", len), replaced(one, "size", 2):
+        assert one.method is len and one.size == 2
+    assert vars(one) == {"size": 1}

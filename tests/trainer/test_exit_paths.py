@@ -25,6 +25,7 @@ FORWARDS = {
 }
 AFTER = ["all_reduce_grads", "multiply_grads", "clip_grad_norm", "step"]  # of the optimizer
 FORWARD_STAGES = [(name, stage) for name, stages in FORWARDS.items() for stage in stages]
+RW_SAM = [("delta_sam_adam --delta-sam-weights gibbs", stage) for stage in ("ascent", "probe")]
 # Weights move in one way where they are all there is, in another where they have float32 copies.
 PRECISIONS = {
     "float32": [],
@@ -59,9 +60,10 @@ def save(trainer, path):
 class Case:
     """A trainer after one update, its next samples, and how its next update ends undisturbed."""
 
-    def __init__(self, data, save_dir, optimizer, *more, micro_batches=1):
-        options = ["--optimizer", optimizer, "--dropout", "0.1", "--sam-rho", "0.5", *more]
-        argv = tiny.arguments(data, save_dir, *options)
+    def __init__(self, data, save_dir, optimizer, *more, micro_batches=1, criterion):
+        """``optimizer`` is its name and perhaps options."""
+        options = ["--sam-rho", "0.5", "--dropout", "0.1", "--optimizer", *optimizer.split(), *more]
+        argv = tiny.arguments(data, save_dir, *options, criterion=criterion)
         self.save_dir = save_dir
         self.trainer, control = tiny.build_trainer(argv), tiny.build_trainer(argv)
         for trainer in (control, self.trainer):
@@ -143,14 +145,15 @@ class Case:
 
 
 @pytest.fixture(scope="module")
-def cases(classification, tmp_path_factory):
-    made = {}
+def cases(classification, translation, tmp_path_factory):
+    made, data = {}, {"sentence_prediction": classification, "cross_entropy": translation}
 
-    def find(optimizer, *more, micro_batches=1):
-        key = (optimizer, *more, micro_batches)
+    def find(*words, micro_batches=1, criterion="sentence_prediction"):
+        key = (words, micro_batches, criterion)
         if key not in made:
+            kwargs = {"micro_batches": micro_batches, "criterion": criterion}
             folder = tmp_path_factory.mktemp("case")
-            made[key] = Case(classification, folder, optimizer, *more, micro_batches=micro_batches)
+            made[key] = Case(data[criterion], folder, *words, **kwargs)
         return made[key]
 
     return find
@@ -173,7 +176,7 @@ def raiser(error):
     return act
 
 
-@pytest.mark.parametrize("optimizer, stage", STAGES)
+@pytest.mark.parametrize("optimizer, stage", STAGES + RW_SAM)
 @pytest.mark.parametrize("error", [RuntimeError("bug"), KeyboardInterrupt()], ids=repr)
 def test_error_that_fairseq_lets_through(case_of, monkeypatch, optimizer, stage, error):
     case = case_of(optimizer)
@@ -187,7 +190,7 @@ def test_error_that_fairseq_lets_through(case_of, monkeypatch, optimizer, stage,
     case.assert_update_works()
 
 
-@pytest.mark.parametrize("optimizer, stage", FORWARD_STAGES)
+@pytest.mark.parametrize("optimizer, stage", FORWARD_STAGES + RW_SAM)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_error_on_which_fairseq_saves_a_checkpoint(
     case_of, monkeypatch, optimizer, stage, precision
@@ -342,31 +345,40 @@ def test_amp_makes_the_step_again_from_within(case_of, monkeypatch, optimizer):
 
 
 METHODS = {
-    "GSAM": ["--sam-gsam-alpha", "0.4"],
-    "functional": ["--sam-functional"],
-    "Fisher": ["--sam-mask", "fisher", "--sam-mask-every", "1"],
-    "TRAM": ["--sam-radius", "trust_region", "--sam-trust-sigma", "1", "--sam-rho", "0.05"],
+    "GSAM": "sam_adam --sam-gsam-alpha 0.4",
+    "functional": "sam_adam --sam-functional",
+    "functional, sentences weighed": "delta_sam_adam --sam-functional",
+    "Fisher": "sam_adam --sam-mask fisher --sam-mask-every 1",
+    "TRAM": "sam_adam --sam-radius trust_region --sam-trust-sigma 1 --sam-rho 0.05",
+    "RW-SAM": "delta_sam_adam --delta-sam-weights gibbs",
 }
+OF_TOKENS = ["functional", "functional, sentences weighed", "Fisher"]  # its forward unreduced
+STEPS = [(name, "sentence_prediction") for name in METHODS]
+STEPS += [(name, "cross_entropy") for name in OF_TOKENS]
 
 
-@pytest.mark.parametrize("method", METHODS)
-def test_methods_make_the_step_again_and_leave_nothing_behind(case_of, monkeypatch, method):
+@pytest.mark.parametrize("method, criterion", STEPS)
+def test_methods_make_the_step_again_and_leave_nothing_behind(
+    case_of, monkeypatch, method, criterion
+):
     """Under --amp again from within; after an error in the descent, by a new call."""
-    case = case_of("sam_adam", "--amp", *METHODS[method])
+    case = case_of(METHODS[method], "--amp", criterion=criterion)
     with monkeypatch.context() as patch:
         amp = AmpOverflow(case.trainer, patch, times=2)
         case.assert_update_works()
         assert amp.perturbed == [True, True]
-    case.reset()
-    with monkeypatch.context() as patch:
-        reached = case.at("clip_grad_norm", raiser(RuntimeError("bug")), patch)
-        with pytest.raises(RuntimeError, match="bug"):
-            case.trainer.train_step(case.samples)
-    assert reached
-    case.assert_restored()
-    assert "multiply_grads" not in vars(case.trainer.optimizer)
-    assert "forward" not in vars(case.trainer.get_criterion())
-    case.assert_update_works()
+    for stage in ("clip_grad_norm", "descent"):
+        case.reset()
+        with monkeypatch.context() as patch:
+            reached = case.at(stage, raiser(RuntimeError("bug")), patch)
+            with pytest.raises(RuntimeError, match="bug"):
+                case.trainer.train_step(case.samples)
+        assert reached
+        case.assert_restored()
+        assert "multiply_grads" not in vars(case.trainer.optimizer)
+        # After "descent" it is there: monkeypatch puts back what it found in the class.
+        assert stage == "descent" or "forward" not in vars(case.trainer.get_criterion())
+        case.assert_update_works()
 
 
 @pytest.mark.parametrize("optimizer", FORWARDS)
