@@ -4,6 +4,7 @@ All programs run from another working directory, with the plugin reached by --us
 path that ``python -m deltasam_fairseq`` prints. They are started together, two at a time.
 """
 
+import logging
 import os
 import shutil
 import subprocess
@@ -14,6 +15,9 @@ from pathlib import Path
 import fairseq.trainer
 import fairseq_cli.train
 import pytest
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq_cli import hydra_train
+from omegaconf import OmegaConf
 
 import deltasam_fairseq
 from tests.helpers import runs, tiny
@@ -149,6 +153,44 @@ def test_trains_with_sam(programs, name):
     updates = [log for log in runs.json_lines(result.stdout) if "num_updates" in log]
     assert [log["num_updates"] for log in updates[:2]] == ["1", "2"]
     assert all(float(log["sharpness"]) > 0 for log in updates[:2])
+
+
+# Node of the optimizer in a yaml file, and what the run says of it.
+NODES = {
+    "_name: sam_adam, sam_micro: 4": "one ascent for every 4 sentences",
+    "_name: delta_sam_adam, delta_sam_weights: gibbs": "RW-SAM on adam: rho 0.05, lambda 2",
+    "_name: delta_sam_adam, sam_rho_schedule: lr, sam_rho_min: 0.01": "down to 0.01 along the lear",
+    "_name: sam_adam, sam_rho_schedule: warmup, sam_rho_warmup_updates: 9, sam_rho_min: 0.01": (
+        "from 0.01 on in 9 updates"
+    ),
+    "_name: sam_adam, sam_gsam_alpha: 0.4": "GSAM, alpha 0.4",
+    "_name: sam_adam, sam_functional: true": "output gradients at w",
+    "_name: sam_adam, sam_mask: fisher, sam_mask_share: 0.2": "Fisher mask of 0.2 of the weights",
+    "_name: sam_adam, sam_radius: trust_region, sam_trust_sigma: 1": "trust region (TRAM), noise 1",
+}
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_methods_through_hydra(classification, tmp_path, monkeypatch, caplog, node):
+    """An update of each, in this process. The program does not know the optimizer while it adds
+    defaults: it imports the plugin after that."""
+    values = {"user_dir": tiny.USER_DIR, "save_dir": tmp_path, "data": classification}
+    text = YAML.format(optimizer="", criterion="sentence_prediction", **values)
+    cfg = OmegaConf.merge(OmegaConf.structured(FairseqConfig), OmegaConf.create(text))
+    add_defaults = hydra_train.add_defaults
+
+    def without_the_optimizer(cfg):
+        del cfg.optimizer
+        add_defaults(cfg)
+        cfg.optimizer = OmegaConf.create(f"{{{node}}}")
+
+    monkeypatch.setattr(hydra_train, "add_defaults", without_the_optimizer)
+    cfg.optimization.max_update = 1
+    with caplog.at_level(logging.INFO):
+        hydra_train._hydra_main(cfg)
+    assert NODES[node] in caplog.text
+    (update,) = (log for log in runs.json_lines(caplog.text) if "train_loss" not in log)
+    assert update["num_updates"] == "1" and float(update["sam_loss"]) > 0
 
 
 def test_spawned_processes_are_one_run(programs):

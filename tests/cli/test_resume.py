@@ -38,6 +38,15 @@ OPTIMIZERS = {
         *("--optimizer", "sam_adam", "--sam-gsam-alpha", "0.4", "--sam-rho-schedule", "lr"),
         *("--warmup-updates", "5", "--update-freq", "2"),
     ],
+    "RW-SAM": ["--optimizer", "delta_sam_adam", "--delta-sam-weights", "gibbs"],
+    "RW-SAM, half precision, accumulated": [
+        *("--optimizer", "delta_sam_adam", "--delta-sam-weights", "gibbs"),
+        *("--memory-efficient-fp16", "--update-freq", "2"),
+    ],
+    "groups, half precision with float32 copies": [
+        *("--optimizer", "sam_adam", "--sam-micro", "3", "--fp16", "--fp16-no-flatten-grads"),
+        *("--fp16-init-scale", "4", "--fp16-scale-window", "2"),
+    ],
     "functional": ["--optimizer", "sam_adam", "--sam-functional", "--update-freq", "2"],
     "Fisher mask": [
         *("--optimizer", "sam_adam", "--sam-mask", "fisher", "--sam-mask-every", "2"),

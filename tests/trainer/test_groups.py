@@ -71,7 +71,9 @@ def test_split_into_micro_batches_does_not_matter(classification, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "more", [[], ["--sam-adaptive"], ["--sam-only", "layer_norm"], ["--bf16"]], ids=" ".join
+    "more",
+    [[], ["--sam-adaptive"], ["--sam-only", "layer_norm"], ["--bf16"], ["--fp16"]],
+    ids=" ".join,
 )
 def test_one_group_is_sam_bitwise(classification, tmp_path, more):
     """With dropout, of one micro-batch and of two; the figures of the log too."""

@@ -192,14 +192,15 @@ def test_overflow_skips_the_update_once(classification, tmp_path, mode, where, c
 
 @pytest.mark.parametrize("mode", ["amp"])
 @pytest.mark.parametrize("retries", [0, 2])
+@pytest.mark.parametrize("groups", [[], ["--sam-micro", "4"]], ids=" ".join)
 @overflows
 def test_overflow_under_amp_is_retried_or_skipped(
-    classification, tmp_path, mode, retries, where, call
+    classification, tmp_path, mode, retries, groups, where, call
 ):
     """fairseq repeats the update of the same batch at half the scale, as often as it may."""
     from fairseq.logging import metrics
 
-    more = ("--amp-batch-retries", str(retries))
+    more = ("--amp-batch-retries", str(retries), *groups)
     trainer = build(classification, tmp_path, "sam_adam", mode, *more)
     samples, before = tiny.batches(trainer), tiny.weights(trainer)
     spoil_gradient_at(trainer, call)
@@ -268,7 +269,7 @@ def test_guardedness_in_an_update(classification, tmp_path, monkeypatch, mode, m
 
 
 @pytest.mark.parametrize("mode", ["flat-fp16", "amp"])
-@everywhere
+@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "sam_adam --sam-micro 2"])
 def test_trains_like_float32(classification, tmp_path, optimizer, mode):
     """The losses of eight updates, with a radius at which those of Adam are others."""
 
@@ -276,7 +277,7 @@ def test_trains_like_float32(classification, tmp_path, optimizer, mode):
         trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *options))
         return torch.tensor([trainer.train_step([s])["loss"] for s in tiny.batches(trainer) * 2])
 
-    sam = ("--optimizer", optimizer, "--sam-rho", "0.2")
+    sam = ("--optimizer", *optimizer.split(), "--sam-rho", "0.2")
     exact = losses(*sam)
     apart = (losses("--optimizer", "adam") - exact).abs().max()
     assert apart > 0.03 and (losses(*sam, *MODES[mode]) - exact).abs().max() < apart / 2
