@@ -29,6 +29,8 @@ PRELOAD = (
 # Before the fork CUDA must not start. Where no device is visible, torch asks neither the driver
 # nor NVML how many there are; and no thread of numpy's runs.
 SERVER = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1"}
+# by -c, which looks for modules in the current folder: that of each program, as -m does
+SERVE = "from examples.common import warm; warm.main()"
 WORD = 8  # bytes of a number in a pipe
 _server: Optional[socket.socket] = None
 _lock = threading.Lock()
@@ -43,7 +45,7 @@ class Fork:
         self.pid = int.from_bytes(self._status.read(WORD), "little")
         self.returncode: Optional[int] = None
         if not self.pid:
-            raise RuntimeError(f"the server of processes has ended; see python {__file__}")
+            raise RuntimeError(f"the server of processes has ended; see python -c '{SERVE}'")
 
     def wait(self, timeout: Optional[float] = None) -> int:
         """Return the exit code, negative after a signal.
@@ -113,7 +115,7 @@ def _running_server(environment: Dict[str, str]) -> socket.socket:
         _server, theirs = socket.socketpair()
         with theirs:
             subprocess.Popen(
-                [sys.executable, __file__, str(theirs.fileno())],
+                [sys.executable, "-c", SERVE, str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 env={**environment, **SERVER},
                 stdin=subprocess.DEVNULL,
@@ -170,7 +172,6 @@ def become(request: int, output: int) -> None:
     os.environ.clear()
     os.environ.update(wanted["environment"])
     os.chdir(wanted["folder"])
-    sys.path[0] = wanted["folder"]
     if "torch" in sys.modules:
         torch = sys.modules["torch"]
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -180,8 +181,8 @@ def become(request: int, output: int) -> None:
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
-if __name__ == "__main__":
-    sys.path[0] = os.getcwd()  # not the folder of this file
+def main() -> None:
+    """Serve the socket whose file descriptor is the argument; without one, only import."""
     preload()
     if sys.argv[1:]:
         become(*serve(socket.socket(fileno=int(sys.argv[1]))))

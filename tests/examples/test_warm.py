@@ -39,7 +39,7 @@ def test_environment_arguments_folder_threads_and_hashes(program, tmp_path):
         "import sys\n"
         "print('torch' in sys.modules, 'deltasam_fairseq' in sys.modules)\n"
         "import os, torch\n"
-        "print(__name__, sys.argv, sys.path[0], os.getcwd())\n"
+        "print(__name__, sys.argv, os.path.abspath(sys.path[0]), os.getcwd())\n"
         "print(torch.get_num_threads(), os.environ['OMP_NUM_THREADS'], os.environ['PLACE'])\n"
         "print(os.environ.get('CUDA_VISIBLE_DEVICES'), torch.cuda.is_initialized())\n"
         "print(sys.flags.hash_randomization, file=sys.stderr)\n",

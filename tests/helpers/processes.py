@@ -49,7 +49,6 @@ def _fork_warm_server() -> None:
     if not os.fork():
         warm._server.close()
         os.environ.update(warm.SERVER)
-        sys.path.insert(0, "")  # the program's folder takes this place
         warm.become(*warm.serve(theirs))
         sys.exit()
     theirs.close()
