@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, NamedTuple, Optional, Set
 
 import torch
+import torch.nn.functional as F
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
 from torch import Tensor
@@ -165,13 +166,14 @@ def encoder_weights(hf: Tensors, config: Any, rows: Tensor) -> Tensors:
     if missing:
         raise ValueError(f"the weights lack {', '.join(missing)}")
     words, positions, types = (hf[name] for name in embeddings)
-    positions = positions[first_position(config) :]
     if config.model_type == "bert":
         state[f"{ENCODER}embed_types.weight"] = types
+        unused = Dictionary().pad() + 1
     else:
-        positions = positions + types[0]  # the only type there is
-    unused = positions.new_zeros(Dictionary().pad() + 1, positions.shape[1])
-    state[f"{ENCODER}embed_positions.weight"] = torch.cat([unused, positions])
+        # Padding has a position of its own, before those of tokens; there is one type.
+        positions = positions[first_position(config) - 1 :] + types[0]
+        unused = Dictionary().pad()
+    state[f"{ENCODER}embed_positions.weight"] = F.pad(positions, (0, 0, unused, 0))
     state[f"{ENCODER}embed_tokens.weight"] = words[rows]
     state[f"{ENCODER}version"] = torch.tensor([3.0])  # fairseq's mark of the current names
     return state

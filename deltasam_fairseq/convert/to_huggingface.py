@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, Dict, List, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from fairseq import checkpoint_utils
 from fairseq.data import Dictionary
 from fairseq.models import ARCH_CONFIG_REGISTRY, ARCH_MODEL_REGISTRY
@@ -229,9 +230,10 @@ def hf_weights(model: Any, config: Any, rows: Tensor, head: Any) -> Tensors:
     state = model.state_dict()
     hf = rename_modules(state, {b: a for a, b in layer_modules(config.num_hidden_layers).items()})
     hf["embeddings.word_embeddings.weight"] = state[f"{ENCODER}embed_tokens.weight"][rows]
-    positions = state[f"{ENCODER}embed_positions.weight"][Dictionary().pad() + 1 :]
-    unused = positions.new_zeros(first_position(config), positions.shape[1])
-    hf["embeddings.position_embeddings.weight"] = torch.cat([unused, positions])
+    unused = max(first_position(config) - 1, 0)  # RoBERTa: the row before a token's is padding's
+    size = config.max_position_embeddings - unused
+    positions = F.pad(state[f"{ENCODER}embed_positions.weight"][-size:], (0, 0, unused, 0))
+    hf["embeddings.position_embeddings.weight"] = positions
     types = state.get(f"{ENCODER}embed_types.weight", positions.new_zeros(1, positions.shape[1]))
     hf["embeddings.token_type_embeddings.weight"] = types
     if head is None:

@@ -52,10 +52,10 @@ def _fill_padding(encoder: Any, layer: nn.Module, inputs: Tuple[Tensor, ...]) ->
     """Replace the zeros in the first layer's input, shape (T, B, C)."""
     x, *others = inputs
     pad, positions = encoder.padding_idx, encoder.embed_positions.weight
-    word = encoder.embed_tokens.weight[pad].detach()  # fairseq does not train it
+    word = encoder.embed_tokens.weight[pad].detach()  # neither of the two trains it
     types = getattr(encoder, "embed_types", None)
-    if types is None:  # RoBERTa: padding has no position
-        embedded = (word + positions[pad]).expand(len(x), 1, -1)
+    if types is None:  # RoBERTa: all padding has one position, which is not trained either
+        embedded = (word + positions[pad].detach()).expand(len(x), 1, -1)
     else:
         embedded = (word + positions[pad + 1 : pad + 1 + len(x)] + types.weight[0]).unsqueeze(1)
     filled = encoder.dropout_module(encoder.layernorm_embedding(embedded).expand_as(x))

@@ -20,7 +20,10 @@ def prepared(folder, family):
         hf.save_bert(hf.bert("BertForMaskedLM", max_position_embeddings=70), folder / "hf")
         files = ["--bpe", "wordpiece", "--wordpiece-vocab", folder / "fs" / "vocab.txt"]
     else:
-        hf.save_roberta(hf.roberta("RobertaForMaskedLM", max_position_embeddings=72), folder / "hf")
+        model = hf.roberta("RobertaForMaskedLM", max_position_embeddings=72)
+        for weight in model.parameters():  # the sum of position and type is exact in float32
+            weight.data = (1024 * weight.data).round() / 1024
+        hf.save_roberta(model, folder / "hf")
         files = ["--gpt2-encoder-json", folder / "fs" / "encoder.json"]
         files += ["--gpt2-vocab-bpe", folder / "fs" / "vocab.bpe"]
     to_fairseq(folder / "hf", folder / "fs")
@@ -38,11 +41,18 @@ def prepared(folder, family):
     return pairs
 
 
+def in_float64(model):
+    """A SentenceModel of ours; fairseq's gelu computes in float32 whatever it is given."""
+    for layer in model.model.double().encoder.sentence_encoder.layers:
+        layer.activation_fn = torch.nn.functional.gelu
+    return model
+
+
 @torch.no_grad()
 def embeddings(folder, sentences, pooling):
-    """Those of transformers' own model and tokenizer, one sentence at a time."""
+    """Those of transformers' own model and tokenizer in float64, one sentence at a time."""
     tokenizer = hf.transformers.AutoTokenizer.from_pretrained(folder)
-    model = hf.transformers.AutoModel.from_pretrained(folder).eval()
+    model = hf.transformers.AutoModel.from_pretrained(folder).eval().double()
     rows = []
     for text in sentences:
         padding = "max_length" if pooling == "mean_padded" else False
@@ -51,7 +61,7 @@ def embeddings(folder, sentences, pooling):
         )
         hidden = model(**batch).last_hidden_state[0]
         rows.append(hidden[0] if pooling == "cls" else hidden.mean(dim=0))
-    return torch.stack(rows).double()
+    return torch.stack(rows)
 
 
 @pytest.mark.parametrize(
@@ -59,6 +69,7 @@ def embeddings(folder, sentences, pooling):
     [("bert", "mean"), ("bert", "mean_padded"), ("roberta", "cls"), ("roberta", "mean_padded")],
 )
 def test_trained_checkpoint_in_transformers(tmp_path, family, pooling):
+    """Embeddings of the same weights in float64: before training, and after it and the export."""
     pairs = prepared(tmp_path, family)
     arch = {"bert": "bert", "roberta": "roberta_base"}[family]
     options = ["--arch", arch, "--max-positions", "70", "--pooling", pooling]
@@ -66,13 +77,16 @@ def test_trained_checkpoint_in_transformers(tmp_path, family, pooling):
     run = runs.train(tmp_path / "data", tmp_path / "run", *options, criterion="nt_xent")
     checkpoint = run.save_dir / "checkpoint_last.pt"
     to_hf(checkpoint, tmp_path / "data", tmp_path / "back", tmp_path / "hf")
-    model = load_model(checkpoint, tmp_path / "data")
     scores, first, second = zip(*pairs)
-    theirs = [embeddings(tmp_path / "back", side, pooling) for side in (first, second)]
-    for side, expected in zip((first, second), theirs):
-        torch.testing.assert_close(model.embed(side), expected, rtol=1e-4, atol=1e-4)
+    cases = [(tmp_path / "fs" / "model.pt", "hf"), (checkpoint, "back")]
+    for path, folder in cases:
+        model = in_float64(load_model(path, tmp_path / "data", pooling))
+        theirs = [embeddings(tmp_path / folder, side, pooling) for side in (first, second)]
+        for side, expected in zip((first, second), theirs):
+            torch.testing.assert_close(model.embed(side), expected, rtol=0, atol=1e-10)
     before = embeddings(tmp_path / "hf", first, pooling)
     assert (before - theirs[0]).abs().max() > 1e-3  # the model was trained
     cosines = torch.cosine_similarity(*theirs).tolist()
     expected = 100 * spearmanr(cosines, scores)[0]
-    assert model.score(pairs) == pytest.approx(expected, abs=0.01)
+    found = load_model(checkpoint, tmp_path / "data").score(pairs)
+    assert found == pytest.approx(expected, abs=0.01)
