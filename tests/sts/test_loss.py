@@ -7,11 +7,13 @@ import math
 import numpy as np
 import pytest
 import torch
+from fairseq.data import Dictionary
 
 from deltasam_fairseq.criterions import per_sentence_losses
 from deltasam_fairseq.sts.embeddings import pool
 from deltasam_fairseq.sts.nt_xent import NTXent
-from deltasam_fairseq.sts.views import split_at_span
+from deltasam_fairseq.sts.task import SentenceEmbeddingConfig, Views
+from deltasam_fairseq.sts.views import SentenceEncoder, split_at_span
 from tests.helpers import runs, tiny
 from tests.helpers.processes import run_ranks
 
@@ -109,8 +111,8 @@ def epoch_of(data, folder, *more, epoch=1):
 
 
 def test_views_depend_on_seed_epoch_and_sentence_alone(sentence_embedding, tmp_path):
-    first = epoch_of(sentence_embedding, tmp_path)
-    workers = epoch_of(sentence_embedding, tmp_path, "--num-workers", "2")
+    first = epoch_of(sentence_embedding, tmp_path, epoch=2)
+    workers = epoch_of(sentence_embedding, tmp_path, "--num-workers", "2", epoch=2)
     assert len(first) == 4 and all(map(torch.equal, first, workers))
     dataset = trainer_of(sentence_embedding, tmp_path).task.dataset("train")
     pairs = [dataset.views(i) for i in range(len(dataset))]
@@ -120,6 +122,20 @@ def test_views_depend_on_seed_epoch_and_sentence_alone(sentence_embedding, tmp_p
     again = [dataset.views(i) for i in range(len(dataset))]
     assert all(torch.equal(a, other) for (a, _), (other, _) in zip(pairs, again))
     assert any(not torch.equal(b, other) for (_, b), (_, other) in zip(pairs, again))
+
+
+def test_epochs_have_batches_of_their_own(sentence_embedding, tmp_path):
+    """With numpy seeded alike, as fairseq 0.12.2 does; a task made again has the same order."""
+    orders = []
+    for seed in ("1", "1", "2"):
+        dataset = trainer_of(sentence_embedding, tmp_path, "--seed", seed).task.dataset("train")
+        for epoch in (1, 2):
+            dataset.set_epoch(epoch)
+            np.random.seed(5)
+            orders.append(dataset.ordered_indices().tolist())
+    assert orders[:2] == orders[2:4]
+    assert len({tuple(order) for order in orders}) == 4
+    assert all(sorted(order) == list(range(32)) for order in orders)
 
 
 def test_mask_token_and_literal_text(sentence_embedding, tmp_path):
@@ -132,6 +148,18 @@ def test_mask_token_and_literal_text(sentence_embedding, tmp_path):
     masked = [i for i in range(len(own)) if mask in own.views(i)[1]]
     assert masked
     assert all(torch.equal(own.views(i)[1], literal.views(i)[1]) for i in masked)
+
+
+def test_literal_text_is_words_where_it_is_not_the_mask_token():
+    """As RoBERTa's BPE reads it; here a BPE that splits at spaces."""
+    words = Dictionary()
+    for word in ("a" * 30, "[MASK]", "<mask>"):
+        words.add_symbol(word)
+    encoder = SentenceEncoder(lambda text: " ".join(text.split()), words)
+    for literal, word in ((True, "[MASK]"), (False, "<mask>")):
+        cfg = SentenceEmbeddingConfig(max_length=50, span_mask=5, literal_mask=literal, seed=1)
+        views = Views(["a" * 30], encoder, cfg, words, 0).views(0)
+        assert [words.index(word) in view for view in views] == [False, True]
 
 
 @pytest.mark.parametrize("criterion", tiny.CONTRASTIVE)
