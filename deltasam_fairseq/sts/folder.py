@@ -75,7 +75,7 @@ def read_pairs(folder: Path, split: str) -> List[Pair]:
     path = folder / f"{split}.tsv"
     if not path.is_file():
         raise FileNotFoundError(
-            f"{folder} has no split {split}; make it with {PREPARE} --{split} FILE, or give "
+            f"{folder} has no split {split}; {PREPARE} --valid FILE makes the split valid; or give "
             "--disable-validation"
         )
     rows = [line.split("\t") for line in lines_of(path, split)]

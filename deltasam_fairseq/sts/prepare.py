@@ -69,8 +69,9 @@ def read_valid(args: argparse.Namespace) -> List[Pair]:
         if len(fields) != 3 or not all(field.strip() for field in fields):
             raise DataError(f"{place}: not score, sentence, sentence with tabs between")
         pairs.append((score_of(fields[0], place), fields[1].strip(), fields[2].strip()))
-    if len(pairs) < 2:
-        raise DataError(f"--valid {args.valid}: one pair; a correlation needs two")
+    if len({score for score, _, _ in pairs}) < 2:
+        what = "one pair" if len(pairs) < 2 else f"all scores are {pairs[0][0]:g}"
+        raise DataError(f"--valid {args.valid}: {what}; a correlation needs two different scores")
     return pairs
 
 
@@ -81,18 +82,20 @@ def prepare(args: argparse.Namespace) -> None:
     encoding, bpe = encoding_of(args)
     files: Dict[str, str] = {}
     entries: Dict[str, Any] = dict(entries_of(args.out))
+    texts: Dict[Path, List[str]] = {}
     if args.train is not None:
-        sentences = read_train(args)
-        sample = numbers(encoding, sentences[:1000])
-        unknown_share(args.train, encoding, [tokens[:-1] for tokens in sample])
+        sentences = texts[args.train] = read_train(args)
         files["train.txt"] = "".join(f"{sentence}\n" for sentence in sentences)
         entries["train"] = {"file": args.train.name, "sentences": len(sentences)}
         print(f"train: {len(sentences)} sentences -> {args.out}")
     if args.valid is not None:
         pairs = read_valid(args)
+        texts[args.valid] = [text for _, *both in pairs for text in both]
         files["valid.tsv"] = "".join(f"{score}\t{a}\t{b}\n" for score, a, b in pairs)
         entries["valid"] = {"file": args.valid.name, "pairs": len(pairs)}
         print(f"valid: {len(pairs)} pairs -> {args.out}")
+    for source, found in texts.items():
+        unknown_share(source, encoding, [row[:-1] for row in numbers(encoding, found[:1000])])
     for name in BPE_FILES[args.bpe]:
         path = Path(bpe["options"][name])
         bpe["options"][name] = path.name

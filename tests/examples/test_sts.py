@@ -4,6 +4,10 @@ import json
 import sys
 
 import pytest
+from fairseq.dataclass.configs import FairseqConfig
+from fairseq.registry import REGISTRIES
+from fairseq.tasks import TASK_DATACLASS_REGISTRY
+from omegaconf import OmegaConf
 
 from deltasam_fairseq.sts.datasets import SETS
 from examples.sts import report, run
@@ -80,6 +84,20 @@ def test_sets_are_read_before_any_stage(files):
     assert f"{path}: no such file" in arguments(files, "--any-rows")[1]
     (files / "sts" / "SICK").mkdir()
     assert "SICK_test_annotated.txt: no such file" in arguments(files, "--sets", "SICK-R")[1]
+
+
+def test_hydra_file_has_options_that_exist():
+    """What fairseq-hydra-train asks of it; roberta is a model of fairseq's without dataclass."""
+    whole = OmegaConf.structured(FairseqConfig)
+    file = OmegaConf.load(run.ROOT / "examples" / "sts" / "config" / "mirror_bert.yaml")
+    registries = {name: found["dataclass_registry"] for name, found in REGISTRIES.items()}
+    registries["task"] = TASK_DATACLASS_REGISTRY
+    for group in set(file) - {"model"}:
+        name = file[group].pop("_name", None)
+        fields = registries[group][name] if group in registries else whole[group]
+        OmegaConf.merge(fields, file[group])
+    assert file.optimizer.sam_rho == run.RECIPES["roberta"].rho
+    assert file.checkpoint.best_checkpoint_metric == "spearman"
 
 
 def write_run(folder, name, scores, seconds):

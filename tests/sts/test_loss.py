@@ -296,6 +296,14 @@ class TestRefusals:
         assert message in capsys.readouterr().err
 
 
+def test_no_such_split(sentence_embedding, tmp_path):
+    task = trainer_of(sentence_embedding, tmp_path).task
+    with pytest.raises(
+        FileNotFoundError, match="no split test; .* --valid FILE makes the split valid"
+    ):
+        task.load_dataset("test")
+
+
 def test_duplicates_are_said(sentence_embedding, tmp_path, caplog):
     data = tiny.write_sentences(tmp_path / "data")
     text = (data / "train.txt").read_text()

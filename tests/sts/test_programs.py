@@ -78,6 +78,8 @@ class TestPrepare:
         [
             ("", "is empty"),
             ("1\ta\tb\n", "one pair; a correlation needs two"),
+            ("1\ta\tb\n" * 3, "all scores are 1; a correlation needs two different scores"),
+            ("1\tzz\tyy\n2\tzz\tyy\n", "4 of 4 tokens are not in --dict"),
             ("1\ta\tb\nx\ta\tb\n", "line 2: the score 'x' is not a number"),
             ("1\ta\n", "line 1: not score, sentence, sentence with tabs between"),
             ("g\tf\ty\ti\t2.5\ta\tb\n" * 3, "3 scored pairs, published are 1500"),
