@@ -299,8 +299,8 @@ def check_config(cfg: Any) -> None:
         )
     if cfg.optimizer.sam_functional:
         _check_outputs(cfg, "--sam-functional")
-    if cfg.optimizer.sam_radius == "trust_region":
-        _check_outputs(cfg, "--sam-radius trust_region")
+    if cfg.optimizer.sam_radius != "rho":
+        _check_outputs(cfg, f"--sam-radius {cfg.optimizer.sam_radius}")
 
 
 def drops_sentences(multiple: int) -> bool:

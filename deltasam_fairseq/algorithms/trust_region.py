@@ -1,10 +1,12 @@
 """Take the radius of the ascent from how far the model's output moves: TRAM.
 
 Sherborne et al. 2024, "TRAM: Bridging Trust Regions and Sharpness Aware Minimization". ASAM's
-perturbation, its rho replaced by the mean divergence of the outputs of noised inputs (TRAM-x):
+perturbation, its rho replaced by the mean divergence of the outputs of noised inputs (TRAM-x),
+or of those of the weights before the last update (TRAM-theta), from the outputs at w:
 
     eps = d T_w^2 g / ||T_w g||_2,   T_w = diag(|w|)
     d = mean KL(p(. | x + z; w) || p(. | x; w)),   z ~ N(0, sigma^2) on the word embeddings
+    d = mean KL(p(. | x; w_{t-1}) || p(. | x; w)),   w = w_t
 
 `asam_ascent_` with eta 0 and rho d writes eps. This module has d.
 """
@@ -20,25 +22,26 @@ from deltasam_fairseq.algorithms.rounding import at_least_float32
 
 
 def trust_region_sums(
-    noised: Tensor, clean: Tensor, counted: Optional[Tensor] = None, regression: bool = False
+    moved: Tensor, clean: Tensor, counted: Optional[Tensor] = None, regression: bool = False
 ) -> Tensor:
     """Return the terms of d that this process adds: the sum of divergences, and their number.
 
     Args:
-        noised, clean: logits at ``x + z`` and at ``x``, shape (..., C).
+        moved: logits at ``x + z`` or at ``w_{t-1}``, shape (..., C).
+        clean: those at x and w, same shape.
         counted: which predictions count, shape (...), such as all tokens but padding; None: all.
-        regression: the outputs are numbers; the divergence is ``(f(x + z) - f(x))^2``, and every
+        regression: the outputs are numbers; the divergence is ``(moved - clean)^2``, and every
             one of them is a prediction.
 
     Returns:
         shape (2,), float64; sums over micro-batches and processes add up, and
         ``d = sums[0] / sums[1]``.
     """
-    noised, clean = (at_least_float32(x) for x in (noised, clean))
+    moved, clean = (at_least_float32(x) for x in (moved, clean))
     if regression:
-        divergence = squared_difference(noised, clean)
+        divergence = squared_difference(moved, clean)
     else:
-        divergence = kl(F.log_softmax(noised, dim=-1), F.log_softmax(clean, dim=-1))
+        divergence = kl(F.log_softmax(moved, dim=-1), F.log_softmax(clean, dim=-1))
         divergence = divergence.clamp(min=0)  # rounding
     if counted is not None:
         divergence = divergence[counted]

@@ -18,7 +18,7 @@ from deltasam_fairseq.core.passes import Passes
 from deltasam_fairseq.core.perturber import Perturber
 from deltasam_fairseq.core.rho_schedule import RhoAlongLR, RhoWarmup
 from deltasam_fairseq.core.rng_replay import RngReplay
-from deltasam_fairseq.core.trust_region import TrustRegion
+from deltasam_fairseq.core.trust_region import TrustRegion, TrustRegionTheta
 from deltasam_fairseq.core.weights import OverwrittenWeights, SwappedWeights
 
 __all__ = [
@@ -42,5 +42,6 @@ __all__ = [
     "RngReplay",
     "SwappedWeights",
     "TrustRegion",
+    "TrustRegionTheta",
     "Weighting",
 ]

@@ -73,7 +73,7 @@ class Ascent:
                 self._backward_uniform(passes)
         passes.average_grads()
         parts.descent.keep(params, figures.weights_divisor)
-        perturber.rho = parts.radius.in_force(update, passes)
+        perturber.rho = parts.radius.in_force(update, passes, perturber)
         ascent = perturber.ascend(params, seed, update)
         figures.mask_share = parts.mask.share
         figures.rho = perturber.rho if parts.radius.varies else None

@@ -97,14 +97,29 @@ class Radius:
         """Return a few words for the log."""
         return f"rho {self.rho:g}"
 
-    def in_force(self, update: int, passes: Any) -> Union[float, Tensor]:
+    def in_force(self, update: int, passes: Any, perturber: Any = None) -> Union[float, Tensor]:
         """Return rho of one ascent, a number or 0-dim tensor; called once its gradient is there.
 
         Args:
             update: number of updates done.
             passes: the ascent's `deltasam_fairseq.core.passes.Passes`, at w.
+            perturber: moves the weights; they are at w again afterwards.
         """
         return self.rho
+
+    def before_step(self, params: Sequence[Parameter]) -> None:
+        """Take note of w, which the optimizer steps from next; not where it skips the step.
+
+        Args:
+            params: all weights that train.
+        """
+
+    def state_dict(self) -> Dict[str, Any]:
+        """Return what a resumed run needs; tensors and plain values."""
+        return {}
+
+    def load_state_dict(self, state: Dict[str, Any]) -> None:
+        """Put a `state_dict` back."""
 
 
 class Mask:

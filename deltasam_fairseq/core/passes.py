@@ -48,13 +48,14 @@ class Passes(Generic[Forward]):
         """Return the losses of the sentences of a `forward`, shape (B,)."""
         raise NotImplementedError
 
-    def divergence(self, i: int, sigma: float) -> Tensor:
-        """Return how far noise on the inputs of micro-batch ``i`` moves the outputs at w.
+    def divergence(self, i: int, sigma: Optional[float] = None) -> Tensor:
+        """Return how far the outputs of micro-batch ``i`` are from those at w.
 
-        The clean outputs are those of the last `forward` or `backward_batch_loss`.
+        The latter are those of the last `forward` or `backward_batch_loss`.
 
         Args:
-            sigma: standard deviation of the noise.
+            sigma: standard deviation of noise on the inputs, under other dropout masks. None: no
+                noise; the weights are not w, the masks are those of the generators as they are.
 
         Returns:
             sum over predictions and their number, shape (2,); see `trust_region_sums`.

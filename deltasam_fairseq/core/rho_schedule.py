@@ -23,7 +23,7 @@ class RhoAlongLR(Radius):
         super().__init__(rho)
         self.rho_min, self.lr_max, self.lr_min, self._lr = rho_min, lr_max, lr_min, lr
 
-    def in_force(self, update: int, passes: Any = None) -> float:
+    def in_force(self, update: int, passes: Any = None, perturber: Any = None) -> float:
         return rho_along_lr(self.rho, self.rho_min, self._lr(), self.lr_max, self.lr_min)
 
     def active(self, update: int) -> bool:
@@ -47,7 +47,7 @@ class RhoWarmup(Radius):
         super().__init__(rho)
         self.rho_min, self.updates, self.start = rho_min, updates, start
 
-    def in_force(self, update: int, passes: Any = None) -> float:
+    def in_force(self, update: int, passes: Any = None, perturber: Any = None) -> float:
         return rho_in_warmup(self.rho, self.rho_min, update - self.start, self.updates)
 
     def active(self, update: int) -> bool:

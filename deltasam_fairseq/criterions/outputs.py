@@ -7,7 +7,7 @@ model, the data-parallel wrappers and the rest of fairseq's step are as always.
 """
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Tuple
 
 import torch
 from fairseq.criterions import FairseqCriterion
@@ -118,31 +118,34 @@ class OutputsAtW:
             self._logits[i] = [z.detach() for z in at_w.logits]
 
     @torch.no_grad()
-    def divergence(self, i: int, model: Any, sample: Dict[str, Any], sigma: float) -> Tensor:
-        """Return the sum of the divergences of noised outputs from the clean ones; their number.
+    def divergence(
+        self, i: int, model: Any, sample: Dict[str, Any], sigma: Optional[float]
+    ) -> Tensor:
+        """Return the sum of the divergences of the outputs from those at w, and their number.
 
-        ``sum KL(p(. | x + z) || p(. | x))``, z normal on the word embeddings of all tokens but
+        ``sum KL(p(. | x + z) || p(. | x; w))``, z normal on the word embeddings of all tokens but
         padding; of numbers the squared difference.
 
         Args:
-            model: without wrappers.
+            model: without wrappers, at its own weights or others.
             sample: micro-batch ``i``.
-            sigma: standard deviation of z.
+            sigma: standard deviation of z; None for no noise.
 
         Returns:
             shape (2,), float64; see `trust_region_sums`.
         """
-        noised, clean = LogitsModel(model, cut=True), self._logits[i]
+        moved, clean = LogitsModel(model, cut=True), self._logits[i]
+        net_inputs = [v for k, v in sample.items() if k.startswith("net_input")]
         with contextlib.ExitStack() as noise:
-            for inputs in (v for k, v in sample.items() if k.startswith("net_input")):
+            for inputs in () if sigma is None else net_inputs:
                 batch = Batch(model, {"net_input": inputs}, None, {})  # type: ignore[arg-type]
-                delta = batch.noise("normal", sigma)
+                delta = batch.noise("normal", sigma or 0.0)
                 noise.enter_context(batch.embeddings.perturbed(batch.tokens, delta))
-            self._criterion.forward(noised, sample)
+            self._criterion.forward(moved, sample)
         if isinstance(self._criterion, RegularisedCriterion):
-            return self._objective_divergence(model, sample, noised.logits[0], clean[0])
+            return self._objective_divergence(model, sample, moved.logits[0], clean[0])
         after, before = (
-            z[0] if len(z) == 1 else torch.cat(z, dim=1) for z in (noised.logits, clean)
+            z[0] if len(z) == 1 else torch.cat(z, dim=1) for z in (moved.logits, clean)
         )
         target, counted = sample.get("target"), None
         if target is not None and after.dim() == 3 and target.shape == after.shape[:-1]:
@@ -151,11 +154,11 @@ class OutputsAtW:
         return trust_region_sums(after, before, counted, regression)
 
     def _objective_divergence(
-        self, model: Any, sample: Dict[str, Any], noised: Tensor, clean: Tensor
+        self, model: Any, sample: Dict[str, Any], moved: Tensor, clean: Tensor
     ) -> Tensor:
         """Likewise for this package's criterions, by what their tasks have."""
         objective = self._criterion.batch(model, sample, 1.0).objective  # type: ignore[attr-defined]
-        found = objective.directed_divergence(objective.scores(noised), objective.scores(clean))
+        found = objective.directed_divergence(objective.scores(moved), objective.scores(clean))
         padding = getattr(objective, "padding", None)
         n = torch.ones_like(found).sum() if padding is None else (~padding).sum()
         return torch.stack([found.double().sum(), n.double()])

@@ -10,7 +10,7 @@ from deltasam_fairseq.options import UsageError, check_options, option, require
 
 DEFAULT_ETA = 0.01
 SCOPES = ChoiceEnum(["global", "rank"])
-RADII = ChoiceEnum(["rho", "trust_region"])
+RADII = ChoiceEnum(["rho", "trust_region", "trust_region_theta"])
 DEFAULT_SIGMA = 1e-5
 MASKS = ChoiceEnum(["none", "fisher"])
 DEFAULT_MASK_SHARE, DEFAULT_MASK_EVERY = 0.1, 100
@@ -140,7 +140,8 @@ class SAMConfig(FairseqDataclass):
         metadata={
             "help": "trust_region (TRAM-x, Sherborne et al. 2024): eps* = d w^2 g / ||w g||, with "
             "d, in place of rho, the mean KL divergence of the outputs of noised inputs from those "
-            "of clean ones; for the criterions of --sam-functional, models with word embeddings"
+            "of clean ones, for models with word embeddings; trust_region_theta (TRAM-theta): of "
+            "those at the weights before the last update. For the criterions of --sam-functional"
         },
     )
     sam_trust_sigma: float = option(

@@ -15,6 +15,7 @@ from deltasam_fairseq.core import (
     RhoAlongLR,
     RhoWarmup,
     TrustRegion,
+    TrustRegionTheta,
     Weighting,
 )
 from deltasam_fairseq.optim.config import weights_strength
@@ -49,6 +50,7 @@ WEIGHTINGS: Dict[str, Callable[[float], Weighting]] = {
 RADII: Dict[str, Callable[[Any, Lr], Radius]] = {
     "rho": lambda cfg, lr: RHO_SCHEDULES[str(cfg.sam_rho_schedule)](cfg, lr),
     "trust_region": lambda cfg, lr: TrustRegion(cfg.sam_rho, cfg.sam_trust_sigma),
+    "trust_region_theta": lambda cfg, lr: TrustRegionTheta(cfg.sam_rho),
 }
 
 # Value of --sam-mask -> mask.
@@ -82,6 +84,6 @@ def parts_of(cfg: Any, lr: Lr) -> Parts:
 
 def eta_of(cfg: Any) -> Optional[float]:
     """Return eta of ASAM, 0 for TRAM's ``T = |w|``; None for SAM."""
-    if str(cfg.sam_radius) == "trust_region":
+    if str(cfg.sam_radius) != "rho":
         return 0.0
     return cfg.sam_eta if cfg.sam_adaptive else None

@@ -126,6 +126,7 @@ class SharpnessAwareOptimizer(FairseqOptimizer):
                 "deltasam_fairseq.SharpnessAwareTrainer instead of fairseq.trainer.Trainer."
             )
         self.restore()
+        self.core.parts.radius.before_step(self.core.trained)
         self.base.step(closure, scale=scale, groups=groups)
 
     # The rest of fairseq's interface is the base optimizer's.

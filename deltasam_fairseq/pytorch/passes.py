@@ -131,8 +131,10 @@ class ClosurePasses(Passes[Outcome]):
             self._logits[i] = forward.outputs.detach()
 
     @torch.no_grad()
-    def divergence(self, i: int, sigma: float) -> Tensor:
+    def divergence(self, i: int, sigma: Optional[float] = None) -> Tensor:
         """See `Passes`; all outputs count, of one column as numbers."""
+        if sigma is None:
+            return self._divergence_of(i, self.forward(i).outputs)
         if i == 0:
             rank = 0 if self._group is None else dist.get_rank(self._group)
             own = update_generator(*self._draw, TRUST_REGION, torch.device("cpu"), rank)
@@ -141,11 +143,13 @@ class ClosurePasses(Passes[Outcome]):
             lambda module, inputs, output: output + sigma * torch.randn_like(output)
         )
         try:
-            noised = self.forward(i).outputs
+            return self._divergence_of(i, self.forward(i).outputs)
         finally:
             hook.remove()
-        assert noised is not None
-        return trust_region_sums(noised, self._logits[i], regression=noised.size(-1) == 1)
+
+    def _divergence_of(self, i: int, outputs: Optional[Tensor]) -> Tensor:
+        assert outputs is not None
+        return trust_region_sums(outputs, self._logits[i], regression=outputs.size(-1) == 1)
 
     def backward(self, loss: Tensor, factor: Union[None, float, Tensor] = None) -> None:
         """Accumulate the gradient of ``factor loss``, times the loss scale.

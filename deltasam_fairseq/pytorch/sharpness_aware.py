@@ -33,6 +33,7 @@ from deltasam_fairseq.core import (
     Perturber,
     Radius,
     TrustRegion,
+    TrustRegionTheta,
     Weighting,
 )
 from deltasam_fairseq.core.rng_replay import furthest_off
@@ -41,7 +42,7 @@ from deltasam_fairseq.pytorch.passes import Closure, ClosurePasses
 logger = logging.getLogger(__name__)
 
 # Of the adaptive methods; TRAM's T is |w|.
-ETAS = {"asam": 0.01, "tram": 0.0}
+ETAS = {"asam": 0.01, "tram": 0.0, "tram_theta": 0.0}
 
 _A_SENTENCE = "losses of at least one sentence; leave empty batches out"
 
@@ -82,6 +83,7 @@ METHODS: Dict[str, Callable[..., Parts]] = {
     "functional": lambda radius: Parts(radius, descent=Functional()),
     "fsam": _fsam,
     "tram": _tram,
+    "tram_theta": lambda radius: Parts(TrustRegionTheta(radius.rho)),
 }
 
 
@@ -98,8 +100,9 @@ class SharpnessAware:
             are.
         method: ``sam`` (Foret et al. 2020), ``asam`` (Kwon et al. 2021), ``delta_sam``, ``rw_sam``
             (Luo et al. 2025), ``gsam`` (Zhuang et al. 2022), ``functional`` (Singh et al.
-            2025), ``fsam`` (Zhong et al. 2022), ``tram`` (Sherborne et al. 2024); or the `Parts` of
-            another, for which rho has no meaning.
+            2025), ``fsam`` (Zhong et al. 2022), ``tram`` and ``tram_theta`` (Sherborne et al.
+            2024), whose radius is how far noise, or the last update, moves the outputs; or the
+            `Parts` of another, for which rho has no meaning.
         rho: radius of the perturbation, L2 norm in weight space, at least 0; 0: plain gradients.
             0.02 to 0.05 suits most fine-tuning, 0.5 to 2 ``asam``. Or a `Radius`, such as
             `deltasam_fairseq.core.RhoAlongLR`.
@@ -187,10 +190,10 @@ class SharpnessAware:
 
         Args:
             closures: each computes the losses of the sentences of a micro-batch, shape (B,), in
-                float32 or better, under an autocast of its own if there is one; ``functional`` and
-                ``tram`` ask for these and the logits, shape (B, C) or (..., C). Several are one
-                global batch, as are those of all processes, as many on each. Each is called two to
-                four times, with the same random numbers.
+                float32 or better, under an autocast of its own if there is one; ``functional``,
+                ``tram`` and ``tram_theta`` ask for these and the logits, shape (B, C) or (..., C).
+                Several are one global batch, as are those of all processes, as many on each. Each
+                is called two to four times, with the same random numbers.
             scaler: a ``GradScaler``; the gradients are then scaled for it.
             scale: of the gradients, beside; for a loop that divides by a number of its own.
 
@@ -205,6 +208,7 @@ class SharpnessAware:
         _require(bool(closures), "closures", closures, "at least one")
         params = self.parameters()
         parts, draw = self._perturber.parts, (self.seed, self.update)
+        self._perturber.trained = params
         scale_loss = _unscaled if scaler is None else scaler.scale
         passes_with = functools.partial(
             ClosurePasses, closures, self.model, params, self._group, scale_loss, parts, draw
@@ -230,6 +234,7 @@ class SharpnessAware:
             for p, before in accumulated:
                 if before is not None:
                     p.grad = before if p.grad is None else p.grad.add_(before)
+        parts.radius.before_step(params)
         clean = torch.cat([passes.clean[i] for i in range(passes.count)])
         self._last = _Update(clean, torch.cat(perturbed), figures, passes.n)
         self.update += 1
@@ -420,7 +425,8 @@ class SharpnessAware:
     def state_dict(self) -> Dict[str, Any]:
         """Return what an exact continuation needs beside model, optimizer and generators."""
         own = {"update": self.update, "seed": self.seed, "divisor": self._divisor}
-        return {**own, "mask": self._perturber.parts.mask.state_dict()}
+        parts = self._perturber.parts
+        return {**own, "mask": parts.mask.state_dict(), "radius": parts.radius.state_dict()}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
         """Go on from a `state_dict`.
@@ -428,10 +434,12 @@ class SharpnessAware:
         Raises:
             ValueError: it is none.
         """
+        state = {"radius": {}, **state}  # of an earlier version
         missing = [key for key in self.state_dict() if key not in state]
         _require(not missing, "state", f"without {missing}", "what state_dict() returned")
         self.update, self.seed, self._divisor = state["update"], state["seed"], state["divisor"]
         self._perturber.parts.mask.load_state_dict(state["mask"])
+        self._perturber.parts.radius.load_state_dict(state["radius"])
 
 
 def _bits(dtype: torch.dtype) -> int:

@@ -164,12 +164,12 @@ class FairseqPasses(Passes[PerSentence]):
     def losses(self, forward: PerSentence) -> Tensor:
         return forward.losses
 
-    def divergence(self, i: int, sigma: float) -> Tensor:
+    def divergence(self, i: int, sigma: Optional[float] = None) -> Tensor:
         """See `Passes`; noise, and dropout masks as R3F has them, of this forward's own."""
         trainer, outputs = self._trainer, self.metrics.outputs
         assert outputs is not None
         sample, is_dummy = self._samples[i]
-        if i == 0:
+        if i == 0 and sigma is not None:
             seed = trainer.cfg.common.seed, trainer.get_num_updates(), TRUST_REGION
             rank = trainer.data_parallel_rank
             own = update_generator(*seed, torch.device("cpu"), rank).initial_seed()

@@ -19,13 +19,14 @@ logger = logging.getLogger(__name__)
 LOSS_SCALER = "deltasam_loss_scaler"
 CRITERION = "deltasam_criterion"
 MASK = "deltasam_mask"
+RADIUS = "deltasam_radius"
 WEIGHT_AVERAGE = "deltasam_weight_average"
 # Keys in WEIGHT_AVERAGE: number of weights in the average, averages by name, weights by name.
 N, AVERAGES, RAW = "n", "averages", "raw"
 
 
 def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
-    """State to save: counters of the loss scaler, averages of a criterion, a mask.
+    """State to save: counters of the loss scaler, averages of a criterion, a mask, TRAM's.
 
     Args:
         trainer: fairseq's, built.
@@ -38,8 +39,9 @@ def extra_checkpoint_state(trainer: Trainer) -> Dict[str, Any]:
         state[LOSS_SCALER] = _scaler_counters(trainer)
     sam = sharpness_aware(trainer.optimizer)
     if sam is not None and not trainer.cfg.checkpoint.no_save_optimizer_state:
-        mask = sam.core.parts.mask.state_dict()
-        state.update({MASK: mask} if mask else {})
+        parts = sam.core.parts
+        found = {MASK: parts.mask.state_dict(), RADIUS: parts.radius.state_dict()}
+        state.update((key, part) for key, part in found.items() if part)
     criterion = trainer.get_criterion()
     if isinstance(criterion, RegularisedCriterion):
         if not trainer.cfg.checkpoint.no_save_optimizer_state:
@@ -55,6 +57,7 @@ def load_extra_checkpoint_state(trainer: Trainer, state: Dict[str, Any]) -> None
     sam = sharpness_aware(trainer.optimizer)
     if sam is not None:
         sam.core.parts.mask.load_state_dict(state.get(MASK) or {})
+        sam.core.parts.radius.load_state_dict(state.get(RADIUS) or {})
     counters = state.get(LOSS_SCALER)
     scaler = getattr(trainer.optimizer, "scaler", None)
     # There is none where a run saved in fp16 is resumed in another precision.

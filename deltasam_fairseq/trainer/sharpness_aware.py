@@ -107,6 +107,7 @@ class SharpnessAwareTrainer(AveragingTrainer):
             tf32 = multiplies_in_tf32(self.device)
             copies = masters_of(self._optimizer), tf32, gradients_of_masters(self._optimizer)
             sam.core.compute_in(self._compute_dtype(), *copies)
+            sam.core.trained = weights.trained
             ascents = AscentStep if sam.micro is None else GroupedAscents
             self._ascent_step = ascents(self, sam, weights)
             logger.info(sam.describe())

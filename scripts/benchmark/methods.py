@@ -58,6 +58,7 @@ OURS = {  # method -> options of fairseq-train
     "m-sharpness, 4": "--optimizer sam_adam --sam-micro 4",
     "m-sharpness, 1": "--optimizer sam_adam --sam-micro 1",
     "TRAM": "--optimizer sam_adam --sam-radius trust_region",
+    "TRAM-theta": "--optimizer sam_adam --sam-radius trust_region_theta",
 }
 TORCH, DAVDA54, PYTORCH_OPTIMIZER = "SAM, torch loop", "SAM, davda54", "SAM, pytorch_optimizer"
 PEERS = (TORCH, DAVDA54, PYTORCH_OPTIMIZER)

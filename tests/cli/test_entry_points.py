@@ -167,6 +167,7 @@ NODES = {
     "_name: sam_adam, sam_functional: true": "output gradients at w",
     "_name: sam_adam, sam_mask: fisher, sam_mask_share: 0.2": "Fisher mask of 0.2 of the weights",
     "_name: sam_adam, sam_radius: trust_region, sam_trust_sigma: 1": "trust region (TRAM), noise 1",
+    "_name: sam_adam, sam_radius: trust_region_theta": "trust region (TRAM-theta)",
 }
 
 

@@ -54,6 +54,10 @@ OPTIMIZERS = {
     "trust region": [
         *("--optimizer", "sam_adam", "--sam-radius", "trust_region", "--sam-trust-sigma", "1"),
     ],
+    "trust region of the last update": [
+        *("--optimizer", "sam_adam", "--sam-radius", "trust_region_theta", "--sam-every", "2"),
+        *("--fp16", "--fp16-no-flatten-grads"),
+    ],
     "rho warms up, half precision": [
         *("--optimizer", "delta_sam_adam", "--memory-efficient-fp16"),
         *("--sam-rho-schedule", "warmup", "--sam-rho-warmup-updates", "5"),

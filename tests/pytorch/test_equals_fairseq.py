@@ -22,6 +22,7 @@ OPTIONS = {
     "rw_sam": ["delta_sam_sgd", "--delta-sam-weights", "gibbs", "--delta-sam-lambda", "2"],
     "functional": ["sam_sgd", "--sam-functional"],
     "fsam": ["sam_sgd", "--sam-mask", "fisher", "--sam-mask-share", "0.1"],
+    "tram_theta": ["sam_sgd", "--sam-radius", "trust_region_theta", "--sam-rho", "0.05"],
     "gsam": ["sam_sgd", "--sam-gsam-alpha", "0.4"],
 }
 
@@ -48,7 +49,8 @@ def record(perturber, seen):
 @pytest.mark.parametrize("method", sorted(OPTIONS))
 def test_same_updates(classification, tmp_path, method, micro_batches):
     """g'_j, w + eps* and the weights of three updates, with dropout; to float64 rounding."""
-    options = [*OPTIONS[method], "--sam-rho", str(RHO), "--dropout", "0.1"]
+    optimizer, *more = OPTIONS[method]
+    options = [optimizer, "--sam-rho", str(RHO), "--dropout", "0.1", *more]
     compare(classification, tmp_path, method, options, micro_batches)
 
 

@@ -16,6 +16,7 @@ import torch
 
 import deltasam_fairseq
 from deltasam_fairseq.optim import sharpness_aware
+from deltasam_fairseq.trainer.checkpoint_state import load_extra_checkpoint_state
 from tests.helpers import tiny
 
 CRASH = "crash.pt"
@@ -85,6 +86,7 @@ class Case:
         self.trainer._build_optimizer()  # in half precision it has copies of the weights
         optimizer_state = copy.deepcopy(self._start["last_optimizer_state"])
         self.trainer.optimizer.load_state_dict(optimizer_state)
+        load_extra_checkpoint_state(self.trainer, copy.deepcopy(self._start["extra_state"]))
         self.trainer.set_num_updates(1)
         self.trainer._amp_retries = 0
         if (self.save_dir / CRASH).exists():
@@ -350,6 +352,7 @@ METHODS = {
     "functional, sentences weighed": "delta_sam_adam --sam-functional",
     "Fisher": "sam_adam --sam-mask fisher --sam-mask-every 1",
     "TRAM": "sam_adam --sam-radius trust_region --sam-trust-sigma 1 --sam-rho 0.05",
+    "TRAM-theta": "sam_adam --sam-radius trust_region_theta --sam-rho 0.05",
     "RW-SAM": "delta_sam_adam --delta-sam-weights gibbs",
 }
 OF_TOKENS = ["functional", "functional, sentences weighed", "Fisher"]  # its forward unreduced

@@ -13,6 +13,7 @@ from tests.helpers.twin import Twin, functional_call, trainer_of
 
 SIGMA = 0.5
 TRAM = ["--sam-radius", "trust_region", "--sam-trust-sigma", str(SIGMA)]
+THETA = ["--sam-radius", "trust_region_theta"]
 
 
 def end(trainer):
@@ -42,32 +43,53 @@ class TRAMTwin(Twin):
         return tram_reference(losses, self.w, self.d)
 
 
+class ThetaTwin(TRAMTwin):
+    """d of the outputs at the weights before the last update; 0 in the first."""
+
+    before = None
+
+    def step(self, samples):
+        w = self.w
+        super().step(samples)
+        self.before = w
+
+    def logits(self, sample, moved):
+        w = self.w
+        self.w = self.before if moved and self.before is not None else w
+        found, self.w = super().logits(sample, 0.0), w
+        return found
+
+
 @pytest.mark.parametrize("update_freq", [1, 2])
-def test_updates_equal_the_twin(classification, tmp_path, monkeypatch, update_freq):
+@pytest.mark.parametrize("options, of", [(TRAM, TRAMTwin), (THETA, ThetaTwin)], ids=["x", "theta"])
+def test_updates_equal_the_twin(classification, tmp_path, monkeypatch, update_freq, options, of):
     """Five updates, with noise that depends on the words. Bound: float64 rounding, through Adam."""
     same_noise.use(monkeypatch.setattr)
-    trainer = trainer_of(classification, tmp_path, "sam_adam", *TRAM)
-    twin, samples = TRAMTwin(trainer, "tram"), tiny.batches(trainer) * 3
+    trainer = trainer_of(classification, tmp_path, "sam_adam", *options)
+    twin, samples = of(trainer, "tram"), tiny.batches(trainer) * 3
     for at in range(0, 5 * update_freq, update_freq):
         trainer.train_step(samples[at : at + update_freq])
         twin.step(samples[at : at + update_freq])
     assert (end(trainer) - twin.w).abs().max() < 1e-9
     assert float(sharpness_aware(trainer.optimizer).core.rho) == pytest.approx(twin.d.item())
-    assert twin.d > 1e-4
+    assert twin.d > (1e-4 if options is TRAM else 1e-5)
     plain = trainer_of(classification, tmp_path, "adam")
     for at in range(0, 5 * update_freq, update_freq):
         plain.train_step(samples[at : at + update_freq])
     assert (end(plain) - twin.w).abs().max() > 1e-7
 
 
-@pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
-@pytest.mark.parametrize(
+of_every_criterion = pytest.mark.parametrize(
     "criterion",
     [
         *("sentence_prediction", "plain", "distill", "sentence_ranking", "masked_lm"),
         *("label_smoothed_cross_entropy", "seq2seq_distill", "span_prediction"),
     ],
 )
+
+
+@pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
+@of_every_criterion
 def test_every_criterion_trains(data_of, tmp_path, optimizer, criterion):
     """Larger noise moves the outputs further; the log has the radius."""
     found = []
@@ -79,6 +101,31 @@ def test_every_criterion_trains(data_of, tmp_path, optimizer, criterion):
         found.append(metrics.get_smoothed_values("train")["sam_rho"])
         assert torch.isfinite(end(trainer)).all()
     assert found[0] == 0 and found[0] <= found[1] < found[2]
+
+
+@pytest.mark.parametrize("lr", ["0", "1e-3"])
+@of_every_criterion
+def test_theta_of_every_criterion(data_of, tmp_path, lr, criterion):
+    """d is 0 in the first update and where the last one moved nothing: the masks are the same."""
+    argv = tiny.arguments(data_of[criterion], tmp_path, "--dropout", "0.3", criterion=criterion)
+    trainer = tiny.build_trainer([*argv, "--lr", lr, "--optimizer", "sam_adam", *THETA])
+    found, samples = [], tiny.batches(trainer) * 2
+    for at in (0, 2):
+        with metrics.aggregate() as log:
+            trainer.train_step(samples[at : at + 2])
+        found.append(log.get_smoothed_values()["sam_rho"])
+    assert found[0] == 0 and (found[1] > 0) == (lr != "0")
+
+
+def test_theta_knows_the_weights_before_an_update_without_ascent(classification, tmp_path):
+    more = ["--optimizer", "delta_sam_adam", *THETA, "--sam-start-update", "1"]
+    trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *more))
+    before = tiny.weights(trainer)
+    trainer.train_step(tiny.batches(trainer)[:1])
+    kept = sharpness_aware(trainer.optimizer).core.parts.radius.state_dict()["previous"]
+    assert all(map(torch.equal, kept, before))
+    trainer.train_step(tiny.batches(trainer)[:1])
+    assert metrics.get_smoothed_values("train")["sam_rho"] > 0
 
 
 def test_no_noise_and_no_dropout_is_the_base_optimizer(classification, tmp_path):
@@ -104,6 +151,22 @@ def test_noised_forward_has_masks_of_its_own(classification, tmp_path):
     assert torch.equal(ascent, descent) and not torch.equal(ascent, noised)
 
 
+@pytest.mark.parametrize(
+    "mode", [["--memory-efficient-fp16"], ["--fp16", "--fp16-no-flatten-grads"]], ids=" ".join
+)
+def test_theta_in_half_precision(classification, tmp_path, mode):
+    """d of the second update is that of float32, after a first one of half a weight's size."""
+    found = []
+    for more in ([], [*mode, "--fp16-init-scale", "4"]):
+        argv = tiny.arguments(classification, tmp_path, "--optimizer", "sam_adam", *THETA, *more)
+        trainer = tiny.build_trainer([*argv, "--lr", "0.02"])
+        for sample in tiny.batches(trainer)[:2]:
+            with metrics.aggregate() as log:
+                trainer.train_step([sample])
+        found.append(log.get_smoothed_values()["sam_rho"])
+    assert found[1] == pytest.approx(found[0], rel=0.1) and found[0] > 0.01
+
+
 @pytest.mark.parametrize("mode", [["--memory-efficient-fp16"], ["--bf16"]], ids=str)
 def test_half_precision(classification, tmp_path, mode, monkeypatch):
     """d is that of float32, and stochastic rounding leaves the weights moved by it."""
@@ -119,8 +182,10 @@ def test_half_precision(classification, tmp_path, mode, monkeypatch):
     assert found[1]["sam_realised"] > 0.5  # of few weights, moved by less than they are rounded
 
 
-def test_other_criterions_are_refused(data_of, tmp_path, capsys):
+@pytest.mark.parametrize("options", [TRAM, THETA], ids=["x", "theta"])
+def test_other_criterions_are_refused(data_of, tmp_path, capsys, options):
     argv = tiny.arguments(data_of["r3f"], tmp_path, criterion="r3f")
     with pytest.raises(SystemExit):
-        tiny.build_trainer([*argv, "--optimizer", "sam_adam", *TRAM])
-    assert "cannot be combined with --sam-radius trust_region" in capsys.readouterr().err
+        tiny.build_trainer([*argv, "--optimizer", "sam_adam", *options])
+    error = capsys.readouterr().err
+    assert f"cannot be combined with --sam-radius {options[1]}: its loss" in error
