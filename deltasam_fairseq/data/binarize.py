@@ -97,7 +97,7 @@ def encode_lines(encoding: Encoding, lines: Sequence[str], run: Map) -> List[np.
     return in_chunks(functools.partial(numbers, encoding), lines, run)
 
 
-def unknown_share(source: Path, encoding: Encoding, texts: Sequence[np.ndarray]) -> float:
+def unknown_share(source: object, encoding: Encoding, texts: Sequence[np.ndarray]) -> float:
     """Return the share of tokens that the dictionary lacks.
 
     Args:

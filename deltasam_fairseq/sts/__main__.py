@@ -31,10 +31,13 @@ from deltasam_fairseq.sts.task import EVALUATION_LENGTH
 def evaluate(args: argparse.Namespace) -> None:
     """Measure and print; write the JSON file if one is asked for."""
     if not args.sts.is_dir():
-        raise DataError(f"--sts {args.sts}: no such folder")
+        raise DataError(f"--sts {args.sts}: no such folder; give the one that the sets are in")
     names = args.sets or available(args.sts)
     if not names:
-        raise DataError(f"--sts {args.sts}: no folder such as STSBenchmark, SICK, STS16-en-test")
+        raise DataError(
+            f"--sts {args.sts}: no folder such as STSBenchmark or STS16-en-test there; give the "
+            "folder that they are in"
+        )
     pairs = {name: read_set(args.sts, name, args.any_rows) for name in dict.fromkeys(names)}
     model = load_model(args.path, args.data, args.pooling)
     positions = model.task.max_positions()

@@ -63,17 +63,21 @@ def read_set(root: Path, name: str, any_rows: bool = False) -> List[Pair]:
         any_rows: whether another number of pairs than the published one is taken.
 
     Raises:
-        DataError: a file is missing, damaged, or has other rows.
+        DataError: there is no such set; a file is missing, damaged, or has other rows.
     """
     folder = _folder(root, name)
+    if not folder.is_dir():
+        there = ", ".join(available(root)) or "none"
+        raise DataError(f"--sets {name}: not in --sts {root}, there are {there}; get {folder.name}")
     if name == "STS-B":
         return read_sts_b(folder / "sts-test.csv", "test", any_rows)
     if name == "SICK-R":
-        return _checked(_read_sick(folder / "SICK_test_annotated.txt"), SICK_TEST, folder, any_rows)
+        path = folder / "SICK_test_annotated.txt"
+        return _checked(_read_sick(path), SICK_TEST, f"--sts {path}", any_rows)
     pairs = []
     for part, count in YEARS[name].items():
         path = folder / f"STS.input.{part}.txt"
-        pairs += _checked(_read_part(path), count, path, any_rows)
+        pairs += _checked(_read_part(path), count, f"--sts {path}", any_rows)
     return pairs
 
 
@@ -82,11 +86,11 @@ def read_sts_b(path: Path, split: str, any_rows: bool = False, option: str = "--
     pairs = []
     for number, line in enumerate(lines_of(path, option), start=1):
         fields = line.split("\t")
-        place = f"{path}, line {number}"
+        place = f"{option} {path}, line {number}"
         if len(fields) < 7:
             raise DataError(f"{place}: {len(fields)} fields between tabs, STS-B has 7 or more")
         pairs.append(_pair(fields[4], fields[5], fields[6], place))
-    return _checked(pairs, STS_B[split], path, any_rows)
+    return _checked(pairs, STS_B[split], f"{option} {path}", any_rows)
 
 
 def _pair(score: str, first: str, second: str, place: str) -> Pair:
@@ -101,14 +105,14 @@ def _read_part(path: Path) -> List[Pair]:
     rows, scores = lines_of(path, "--sts"), lines_of(gold, "--sts")
     if len(rows) != len(scores):
         raise DataError(
-            f"{path} has {len(rows)} lines, {gold.name} {len(scores)}, which belong together line "
-            "by line: get both again"
+            f"--sts {path}: {len(rows)} lines, {gold.name} {len(scores)}, which belong together "
+            "line by line; get both again"
         )
     pairs = []
     for number, (row, score) in enumerate(zip(rows, scores), start=1):
         if not score.strip():
             continue
-        place, fields = f"{path}, line {number}", row.split("\t")
+        place, fields = f"--sts {path}, line {number}", row.split("\t")
         if len(fields) < 2:
             raise DataError(f"{place}: no tab between two sentences")
         pairs.append(_pair(score, fields[0], fields[1], place))
@@ -120,20 +124,20 @@ def _read_sick(path: Path) -> List[Pair]:
     columns = ("relatedness_score", "sentence_A", "sentence_B")
     missing = [name for name in columns if name not in (rows.fieldnames or ())]
     if missing:
-        raise DataError(f"{path}: its header has no column {', '.join(missing)}")
+        raise DataError(f"--sts {path}: its header has no column {', '.join(missing)}")
     pairs = []
     for number, row in enumerate(rows, start=2):
         score, first, second = (row[name] or "" for name in columns)
-        pairs.append(_pair(score, first, second, f"{path}, line {number}"))
+        pairs.append(_pair(score, first, second, f"--sts {path}, line {number}"))
     return pairs
 
 
-def _checked(pairs: List[Pair], count: int, path: Path, any_rows: bool) -> List[Pair]:
+def _checked(pairs: List[Pair], count: int, place: str, any_rows: bool) -> List[Pair]:
     if len(pairs) != count and not any_rows:
         raise DataError(
-            f"{path}: {len(pairs)} scored pairs, published are {count}; get the file again, or "
-            "give --any-rows to measure on what is there"
+            f"{place}: {len(pairs)} scored pairs, published are {count}; get the file again, or "
+            "give --any-rows to take what is there"
         )
     if len(pairs) < 2:
-        raise DataError(f"{path}: {len(pairs)} scored pairs; a correlation needs two")
+        raise DataError(f"{place}: {len(pairs)} scored pairs; a correlation needs two")
     return pairs

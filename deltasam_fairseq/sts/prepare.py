@@ -44,12 +44,12 @@ def read_train(args: argparse.Namespace) -> List[str]:
         print(f"train: {len(full) - len(once)} sentences that repeat an earlier one {what}")
     found = once if args.drop_duplicates else full
     wanted = args.sentences or len(found)
-    if len(found) < max(2, wanted):
+    if len(once) < 2 or len(found) < wanted:
         raise DataError(
             f"--train {args.train}: {len(found)} sentences, "
             + (
-                "contrastive learning needs two"
-                if wanted < 2
+                "contrastive learning needs two different ones; give a file with one a line"
+                if len(once) < 2
                 else f"--sentences is {wanted}; give at most {len(found)}"
             )
         )
@@ -79,21 +79,21 @@ def prepare(args: argparse.Namespace) -> None:
     """Read and check all that is asked for, then write it."""
     if args.train is None and args.valid is None:
         raise DataError("give --train or --valid")
+    if args.out.exists() and not args.out.is_dir():
+        raise DataError(f"--out {args.out}: is a file; give a folder")
     encoding, bpe = encoding_of(args)
     files: Dict[str, str] = {}
     entries: Dict[str, Any] = dict(entries_of(args.out))
-    texts: Dict[Path, List[str]] = {}
+    texts: Dict[str, List[str]] = {}
     if args.train is not None:
-        sentences = texts[args.train] = read_train(args)
+        sentences = texts[f"--train {args.train}"] = read_train(args)
         files["train.txt"] = "".join(f"{sentence}\n" for sentence in sentences)
         entries["train"] = {"file": args.train.name, "sentences": len(sentences)}
-        print(f"train: {len(sentences)} sentences -> {args.out}")
     if args.valid is not None:
         pairs = read_valid(args)
-        texts[args.valid] = [text for _, *both in pairs for text in both]
+        texts[f"--valid {args.valid}"] = [text for _, *both in pairs for text in both]
         files["valid.tsv"] = "".join(f"{score}\t{a}\t{b}\n" for score, a, b in pairs)
         entries["valid"] = {"file": args.valid.name, "pairs": len(pairs)}
-        print(f"valid: {len(pairs)} pairs -> {args.out}")
     for source, found in texts.items():
         unknown_share(source, encoding, [row[:-1] for row in numbers(encoding, found[:1000])])
     for name in BPE_FILES[args.bpe]:
@@ -105,6 +105,10 @@ def prepare(args: argparse.Namespace) -> None:
         atomic_write(args.out / file, text)
     record = {"version": 1, "task": TASK, "bpe": bpe, "splits": entries}
     atomic_write(args.out / RECORD, json.dumps(record, indent=1) + "\n")
+    if args.train is not None:
+        print(f"train: {len(sentences)} sentences -> {args.out}")
+    if args.valid is not None:
+        print(f"valid: {len(pairs)} pairs -> {args.out}")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -114,11 +118,11 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add, positive = options.add_argument, ranged(int, at_least=1)
+    add = options.add_argument
     add("--train", type=Path, help="sentences to train on")
     add("--valid", type=Path, help="scored pairs to validate with: STS-B's sts-dev.csv")
     add("--out", type=Path, required=True, help="folder to write")
-    add("--sentences", type=positive, help="draw so many of --train (default: all)")
+    add("--sentences", type=ranged(int, at_least=2), help="draw so many of --train (default: all)")
     add("--seed", type=int, default=1, help="of the draw (default: 1)")
     add("--drop-duplicates", action="store_true", help="keep each sentence of --train once")
     add_encoding_options(options, workers=False)

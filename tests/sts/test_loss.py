@@ -277,6 +277,10 @@ class TestRefusals:
         [
             (["--sam-ascent-fraction", "0.5"], "--sam-ascent-fraction 0.5: --criterion nt_xent: "),
             (["--sam-scope", "rank"], "--sam-scope rank: --criterion nt_xent: the loss of a"),
+            (
+                ["--optimizer", "sam_adam", "--sam-micro", "2"],
+                "--sam-micro 2 cannot be combined with --criterion nt_xent: the loss of a sentence",
+            ),
             (["--temperature", "0"], "--temperature 0.0: must be finite and above 0"),
         ],
     )

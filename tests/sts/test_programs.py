@@ -59,9 +59,10 @@ class TestPrepare:
         [
             ("one sentence\n", "1 sentences, contrastive learning needs two"),
             ("\n\n", "0 sentences, contrastive learning needs two"),
+            ("w1 w2\n" * 3, "3 sentences, contrastive learning needs two different ones"),
             (None, "no such file"),
             (b"\xff\xfe", "not a file of UTF-8 text"),
-            ("zz yy xx\n" * 3, "9 of 9 tokens are not in --dict"),
+            ("zz yy xx\nzz zz zz\nyy xx zz\n", "9 of 9 tokens are not in --dict"),
         ],
     )
     def test_bad_sentences(self, files, capsys, content, message):
@@ -70,7 +71,8 @@ class TestPrepare:
         if content is not None:
             path.write_bytes(content if isinstance(content, bytes) else content.encode())
         assert prepared(files) == 2
-        assert message in capsys.readouterr().err
+        found = capsys.readouterr()
+        assert message in found.err and "->" not in found.out
         assert not (files / "out").exists()
 
     @pytest.mark.parametrize(
@@ -94,6 +96,13 @@ class TestPrepare:
     def test_too_few_sentences(self, files, capsys):
         assert prepared(files, "--sentences", 99) == 2
         assert "33 sentences, --sentences is 99; give at most 33" in capsys.readouterr().err
+        with pytest.raises(SystemExit):
+            prepared(files, "--sentences", 1)
+        assert "--sentences: must be at least 2, got 1" in capsys.readouterr().err
+
+    def test_out_is_a_file(self, files, capsys):
+        assert prepared(files, "--out", files / "sentences.txt") == 2
+        assert "sentences.txt: is a file; give a folder" in capsys.readouterr().err
 
 
 def write_sts16(root, rows=1186):
@@ -157,7 +166,7 @@ class TestMeasure:
     @pytest.mark.parametrize(
         "more, message",
         [
-            (["--sets", "SICK-R"], "SICK_test_annotated.txt: no such file"),
+            (["--sets", "SICK-R"], "--sets SICK-R: not in --sts {sts}, there are STS16; get SICK"),
             (["--sets", "STS16"], "STS.input.question-question.txt: 208 scored pairs, published"),
             (["--max-length", "99", "--any-rows"], "--max-length 99: the model has 64 positions"),
         ],
@@ -165,7 +174,7 @@ class TestMeasure:
     def test_refusals(self, sentence_embedding, checkpoint, tmp_path, capsys, more, message):
         write_sts16(tmp_path / "sts", rows=1185)
         assert self.measured(sentence_embedding, checkpoint, tmp_path / "sts", *more) == 2
-        assert message in capsys.readouterr().err
+        assert message.format(sts=tmp_path / "sts") in capsys.readouterr().err
 
     def test_no_sets_and_no_pooling(self, sentence_embedding, classification, tmp_path, capsys):
         assert self.measured(sentence_embedding, "none.pt", tmp_path) == 2
