@@ -17,15 +17,16 @@ from deltasam_fairseq.checkpoints import (
 )
 from deltasam_fairseq.checkpoints.reading import read_safely
 from deltasam_fairseq.options import UsageError
-from deltasam_fairseq.trainer.checkpoint_state import CRITERION, RAW, WEIGHT_AVERAGE
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION, RADIUS, RAW, WEIGHT_AVERAGE
 
 logger = logging.getLogger("deltasam_fairseq.average")
 
-# Entries of the extra state that hold weights of one checkpoint, averaged while it was trained.
+# Entries of the extra state that hold weights of one run, averaged or those of its last update.
 _OF_THE_LAST = {
     "ema": "--store-ema",
     "ema_fp32_params": "--store-ema",
     CRITERION: "--criterion smart",
+    RADIUS: "--sam-radius trust_region_theta",
 }
 
 

@@ -97,9 +97,10 @@ class SAMConfig(FairseqDataclass):
     sam_rho_schedule: RHO_SCHEDULES = field(  # type: ignore[valid-type]
         default="constant",
         metadata={
-            "help": "rho of an update: constant; lr: between --sam-rho-min and --sam-rho as the "
-            "learning rate is between --sam-rho-lr-min and --sam-rho-lr-max (GSAM, Zhuang et al. "
-            "2022); warmup: linear from --sam-rho-min to --sam-rho over --sam-rho-warmup-updates"
+            "help": "rho of an update: constant (default); lr: between --sam-rho-min and --sam-rho "
+            "as the learning rate is between --sam-rho-lr-min and --sam-rho-lr-max (GSAM, Zhuang "
+            "et al. 2022); warmup: linear from --sam-rho-min to --sam-rho over "
+            "--sam-rho-warmup-updates"
         },
     )
     sam_rho_min: float = option(
@@ -138,7 +139,8 @@ class SAMConfig(FairseqDataclass):
     sam_radius: RADII = field(  # type: ignore[valid-type]
         default="rho",
         metadata={
-            "help": "trust_region (TRAM-x, Sherborne et al. 2024): eps* = d w^2 g / ||w g||, with "
+            "help": "rho (default): --sam-rho, or its schedule; "
+            "trust_region (TRAM-x, Sherborne et al. 2024): eps* = d w^2 g / ||w g||, with "
             "d, in place of rho, the mean KL divergence of the outputs of noised inputs from those "
             "of clean ones, for models with word embeddings; trust_region_theta (TRAM-theta): of "
             "those at the weights before the last update. For the criterions of --sam-functional"
@@ -154,14 +156,15 @@ class SAMConfig(FairseqDataclass):
     sam_mask: MASKS = field(  # type: ignore[valid-type]
         default="none",
         metadata={
-            "help": "fisher (FSAM, Zhong et al. 2022): the ascent moves only the weights with the "
+            "help": "none (default): all weights move; "
+            "fisher (FSAM, Zhong et al. 2022): the ascent moves only the weights with the "
             "largest squared gradients: those of single sentences where the criterion has their "
             "losses, else of the batch; rho is the length of what moves"
         },
     )
     sam_mask_share: float = option(
         DEFAULT_MASK_SHARE,
-        "share of the weights that --sam-mask fisher lets move, above 0, at most 1",
+        "share of the weights that --sam-mask fisher lets move",
         remedy="it is a share of the weights",
         above=0,
         at_most=1,

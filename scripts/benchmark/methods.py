@@ -54,6 +54,7 @@ OURS = {  # method -> options of fairseq-train
     "GSAM": "--optimizer sam_adam --sam-gsam-alpha 0.4",
     "functional SAM": "--optimizer sam_adam --sam-functional",
     "SAM, Fisher mask": "--optimizer sam_adam --sam-mask fisher",  # not its renewals
+    "SAM, Fisher mask renewed": "--optimizer sam_adam --sam-mask fisher --sam-mask-every 1",
     "RW-SAM": "--optimizer delta_sam_adam --delta-sam-weights gibbs",
     "m-sharpness, 4": "--optimizer sam_adam --sam-micro 4",
     "m-sharpness, 1": "--optimizer sam_adam --sam-micro 1",

@@ -12,7 +12,7 @@ from fairseq import checkpoint_utils
 from deltasam_fairseq.average.__main__ import main
 from deltasam_fairseq.average.mean import average
 from deltasam_fairseq.options import UsageError
-from deltasam_fairseq.trainer.checkpoint_state import CRITERION, WEIGHT_AVERAGE
+from deltasam_fairseq.trainer.checkpoint_state import CRITERION, RADIUS, WEIGHT_AVERAGE
 from tests.helpers import runs, tiny
 
 COMMAND = [sys.executable, "-m", "deltasam_fairseq.average"]
@@ -298,6 +298,7 @@ def test_as_a_program(folder, tmp_path):
     [
         ("ema", ["--store-ema", "--ema-decay", "0.5"], "sentence_prediction"),
         (CRITERION, ["--smart-momentum", "0.5"], "smart"),
+        (RADIUS, ["--optimizer", "sam_adam", "--sam-radius", "trust_region_theta"], "plain"),
     ],
 )
 def test_averages_of_the_last_file_are_dropped(

@@ -7,9 +7,10 @@ from tests.helpers import tiny
 
 SHARED = ["--sam-rho", "--sam-adaptive", "--sam-eta", "--sam-start-update", "--sam-scope"]
 SHARED += ["--sam-rho-schedule", "--sam-gsam-alpha", "--sam-functional", "--sam-mask"]
-SHARED += ["--sam-radius"]
+SHARED += ["--sam-radius", "--sam-micro"]
 SWA = ["--swa-start", "--swa-every", "--swa-decay", "--swa-lr", "--swa-validate-both"]
-DELTA = ["--delta-sam-beta", "--delta-sam-probe-radius"]
+DELTA = ["--delta-sam-beta", "--delta-sam-probe-radius", "--delta-sam-weights"]
+DELTA += ["--delta-sam-lambda"]
 
 
 def help_of(capsys, *argv):
@@ -39,6 +40,7 @@ def test_help_shows_the_options(capsys, argv, shown, hidden):
 def test_help_says_range_default_and_the_papers_values(capsys):
     text = " ".join(help_of(capsys, "--optimizer", "delta_sam_adam").split())
     words = ("(default: 0.05)", "0.02 for RoBERTa large", "(default: 3)", "{3, 5, 10, 20, 50, 70}")
-    for part in words:
+    choices = ("constant (default)", "rho (default)", "none (default)", "global batch (default)")
+    for part in (*words, *choices):
         assert part in text
     assert text.count("at least 0") >= 4

@@ -1,6 +1,7 @@
 """Half precision in fairseq's trainer, as far as a CPU can run it; CUDA where there is one."""
 
 import functools
+import itertools
 import json
 from argparse import Namespace
 from pathlib import Path
@@ -268,8 +269,21 @@ def test_guardedness_in_an_update(classification, tmp_path, monkeypatch, mode, m
     assert (half - exact).abs().sum() < bound * exact.abs().sum()
 
 
-@pytest.mark.parametrize("mode", ["flat-fp16", "amp"])
-@pytest.mark.parametrize("optimizer", [*OPTIMIZERS, "sam_adam --sam-micro 2"])
+METHODS = [  # of the family; the other modes are tested method by method
+    "sam_adam --sam-gsam-alpha 0.4",
+    "sam_adam --sam-functional",
+    "sam_adam --sam-mask fisher --sam-mask-every 3",
+    "delta_sam_adam --delta-sam-weights gibbs",
+]
+
+
+@pytest.mark.parametrize(
+    "optimizer, mode",
+    [
+        *itertools.product([*OPTIMIZERS, "sam_adam --sam-micro 2"], ["flat-fp16", "amp"]),
+        *((method, "amp") for method in METHODS),
+    ],
+)
 def test_trains_like_float32(classification, tmp_path, optimizer, mode):
     """The losses of eight updates, with a radius at which those of Adam are others."""
 

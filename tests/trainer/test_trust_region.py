@@ -128,6 +128,24 @@ def test_theta_knows_the_weights_before_an_update_without_ascent(classification,
     assert metrics.get_smoothed_values("train")["sam_rho"] > 0
 
 
+@pytest.mark.parametrize("criterion", ["sentence_prediction", "plain"])
+def test_d_of_regression_is_the_mean_squared_difference(classification, tmp_path, criterion):
+    argv = tiny.arguments(classification, tmp_path, "--dropout", "0", criterion=criterion)
+    argv += ["--regression-target", "--num-classes", "1", "--attention-dropout", "0"]
+    trainer = tiny.build_trainer([*argv, "--optimizer", "sam_adam", "--lr", "0.01", *THETA])
+    first, second = tiny.batches(trainer)[:2]
+    kwargs = {**second["net_input"], "features_only": True}
+    kwargs["classification_head_name"] = "sentence_classification_head"
+    outputs = []
+    for sample in (first, second):
+        with torch.no_grad():
+            outputs.append(trainer.get_model()(**kwargs)[0])
+        trainer.train_step([sample])
+    d = (outputs[0] - outputs[1]).square().mean()
+    found = float(sharpness_aware(trainer.optimizer).core.rho)
+    assert found == pytest.approx(d.item(), rel=1e-4) and found > 1e-6
+
+
 def test_no_noise_and_no_dropout_is_the_base_optimizer(classification, tmp_path):
     ends = []
     for more in (["--optimizer", "sam_adam", *TRAM, "--sam-trust-sigma", "0"], []):
