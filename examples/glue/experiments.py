@@ -104,6 +104,7 @@ def parser() -> argparse.ArgumentParser:
     add("--out", type=Path, required=True, help="folder for trainings.json")
     add("--experiment", choices=("glue", *GROUPS, "mrpc"), default="glue")
     add("--only", nargs="+", metavar="SETTING", help="of text tasks, as TREC-40 (default: all)")
+    add("--rows", type=ranged(int, at_least=1), help="of text tasks, to train on")
     add("--lr", nargs="+", type=float, help="to choose from (default: 3e-5 1e-4 3e-4)")
     add("--rho", nargs="+", type=float, help="to choose from (default: 0.001 to 0.3)")
     add("--beta", nargs="+", type=float, help="to choose from (default: 3 10 30)")
@@ -265,7 +266,7 @@ class Trainings:
     def noisy_data(self, setting: Setting, out: Path) -> Stage:
         """Return the stage that prepares a setting's splits."""
         source = self.args.kit / "glue" if setting.source in SETTINGS else self.args.data
-        rows = 40 if self.small else round(setting.rows / (1 - HOLD_OUT))
+        rows = 40 if self.small else round((self.args.rows or setting.rows) / (1 - HOLD_OUT))
         own = () if setting.source in glue.GLUE else ("--columns", "sentence", "label")
         noise = ("--label-noise", setting.noise) if setting.noise else ()
         command = module(

@@ -5,12 +5,12 @@
     python -m examples.glue.run ... --chosen results/search/chosen.json
 
 A share of train.tsv's rows, always the same ones, is held out to validate with (--hold-out); the
-rest is trained on.  With --lr, first Adam with every learning rate, and its best one for all
-methods.  Then SAM with every rho; then delta-SAM with every beta, at the rho that was the best of
-SAM's.  The best is that with the highest mean over --seeds of the task's own metric, at a run's
-best epoch or at its last (--by); of equal ones the first.  ``chosen.json`` has what was chosen and
-every score.  The same command skips what is done and goes on with what was cut; other tasks are
-added to the same ``chosen.json``.
+rest is trained on.  First Adam, to compare with; with --lr at every learning rate, of which all
+methods get its best one.  Then SAM with every rho; then delta-SAM with every beta, at the rho that
+was the best of SAM's: six runs a task (docs/choosing_rho.md).  The best is that with the highest
+mean over --seeds of the task's own metric, at a run's best epoch or at its last (--by); of equal
+ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips what
+is done and goes on with what was cut; other tasks are added to the same ``chosen.json``.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from deltasam_fairseq.markdown import markdown_table
 from examples.common.runner import StageError, exit_code, run_all, run_side_by_side
 from examples.common.stage import split_words
 from examples.glue import run as glue
@@ -38,9 +39,9 @@ def parser() -> argparse.ArgumentParser:
     options = glue.common_options("examples.glue.search", __doc__.splitlines()[0])
     add = options.add_argument
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
-    rhos = [0.003, 0.01, 0.03, 0.1, 0.3]  # docs/choosing_rho.md
-    add("--rho", nargs="+", type=float, default=rhos, help="to try (default: 0.003 to 0.3)")
-    add("--beta", nargs="+", type=float, default=[3, 5, 10, 20, 50, 70], help="to try, above 0")
+    rhos = [0.01, 0.03, 0.1]  # docs/choosing_rho.md
+    add("--rho", nargs="+", type=float, default=rhos, help="to try (default: 0.01 0.03 0.1)")
+    add("--beta", nargs="+", type=float, default=[3, 10], help="to try, above 0 (default: 3 10)")
     add(
         "--by",
         choices=("best", "last"),
@@ -161,11 +162,8 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     path, facts = args.out / "chosen.json", record_of(args, overrides)
     before = earlier(path, facts)
     run_all(glue.preparation(args, args.hold_out), args.cores)
-    adam: Chosen = {task: {glue.LR: args.lr[0]} if args.lr else {} for task in args.tasks}
-    adam_scores: Scores = {task: {} for task in args.tasks}
-    if len(args.lr) > 1:
-        rates = {task: [{glue.LR: lr} for lr in args.lr] for task in args.tasks}
-        adam, adam_scores = try_out(args, "adam", rates, overrides, gpus)
+    rates = {task: [{glue.LR: lr} for lr in args.lr] or [{}] for task in args.tasks}
+    adam, adam_scores = try_out(args, "adam", rates, overrides, gpus)
     rhos = {task: [{**adam[task], RHO: rho} for rho in args.rho] for task in args.tasks}
     sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
     betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
@@ -181,8 +179,18 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     partial.rename(path)
     for task, values in chosen.items():
+        print(markdown_table([task, "held-out"], [[k, f"{v:g}"] for k, v in scores[task].items()]))
         print(f"{task}: " + ", ".join(f"{option} {value:g}" for option, value in values.items()))
+        print(end=_warning(task, scores[task]))
     print(f"written to {path}; use it with: python -m examples.glue.run --chosen {path}")
+
+
+def _warning(task: str, scores: Dict[str, float]) -> str:
+    """Return what to look at where no method is above Adam."""
+    best = max(scores, key=lambda name: scores[name])
+    if not best.startswith("adam"):
+        return ""
+    return f"{task}: {best} is ahead of all on the held-out rows; try a smaller --rho, or keep it\n"
 
 
 def main() -> int:

@@ -29,7 +29,7 @@ def test_wrong_labels(kit, tmp_path):
     result, record, page = make(kit, tmp_path, *more)
     assert result.returncode == 0, result.stdout
     assert set(record["chosen"]["TREC-40"]) == {"lr", "sam_rho", "delta_sam_beta"}
-    assert sum(run["search"] for run in record["runs"]) == 2
+    assert sum(run["search"] for run in record["runs"]) == 3
     runs = {run["method"]: run for run in record["runs"] if not run["search"]}
     assert set(runs) == {"adam", "adam_2x"}
     assert [len(runs[method]["epochs"]) for method in ("adam", "adam_2x")] == [1, 2]

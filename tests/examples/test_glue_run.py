@@ -305,7 +305,7 @@ class TestSearch:
         assert (record["backbone"], record["seeds"]) == ("roberta_base", [1])
         scores = record["scores"]["CoLA"]
         assert set(scores) == {
-            *("sam-rho0.5", "sam-rho2"),
+            *("adam", "sam-rho0.5", "sam-rho2"),
             *(f"delta_sam-rho{rho:g}-beta{b}" for b in (3, 70)),
         }
         for name, score in scores.items():
@@ -316,7 +316,10 @@ class TestSearch:
         chosen = scores[f"delta_sam-rho{rho:g}-beta{beta:g}"]
         assert chosen == max(v for k, v in scores.items() if k.startswith("delta_sam"))
         (tmp_path / "chosen.json").unlink()
-        assert search(raw, tmp_path, "--by", "last", *more).count("already there") == 5
+        for name, score in scores.items():
+            assert re.search(rf"^\| {name} +\| {score:g} +\|$", text, re.M), text
+        assert ("CoLA: adam is ahead" in text) == (scores["adam"] == max(scores.values()))
+        assert search(raw, tmp_path, "--by", "last", *more).count("already there") == 6
         last = json.loads((tmp_path / "chosen.json").read_text())["scores"]["CoLA"]
         for name in scores:
             log = (tmp_path / "CoLA" / f"{name}-seed1" / "train.log").read_text()
@@ -344,7 +347,7 @@ class TestSearch:
     def test_a_failed_run_ends_it_without_a_choice(self, raw, tmp_path):
         more = ["--rho", "0.5", "--", *SMALL, "optimizer.nonsense=1"]
         text = search(raw, tmp_path, *more, code=1)
-        assert "python -m examples.glue.search: CoLA sam-rho0.5 seed 1 failed" in text
+        assert "python -m examples.glue.search: CoLA adam seed 1 failed" in text
         assert not (tmp_path / "chosen.json").exists()
 
 
