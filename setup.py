@@ -10,6 +10,8 @@ README = ROOT / "README.md"
 VERSION = re.search(
     r'^__version__ = "([^"]+)"', (ROOT / "deltasam_fairseq" / "__init__.py").read_text(), re.M
 )
+CONVERT = ["transformers", "tokenizers", "safetensors"]
+REPORT = ["pandas", "scipy>=1.10", "matplotlib", "jinja2", "markdown"]
 
 setup(
     name="deltasam_fairseq",
@@ -20,7 +22,7 @@ setup(
     license="MIT",
     python_requires=">=3.8",
     packages=find_packages(include=["deltasam_fairseq", "deltasam_fairseq.*"]),
-    package_data={"deltasam_fairseq": ["py.typed", "**/*.yaml"]},
+    package_data={"deltasam_fairseq": ["py.typed"]},
     # deltasam_fairseq.pytorch, for a plain PyTorch loop, needs no more.
     install_requires=["torch>=1.13", "numpy"],
     extras_require={
@@ -34,12 +36,12 @@ setup(
             'fairseq-fixed==0.12.3.1; python_version>="3.11"',
             'fairseq==0.12.2; python_version<"3.11"',
         ],
-        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "transformers", "fairscale"]
-        + ["accelerate", "peft"],
+        "test": ["pytest", "pytest-xdist", "ruff", "mypy", "fairscale", "accelerate", "peft"]
+        + ['hydra-submitit-launcher; python_version>="3.11"', *CONVERT, *REPORT],
         # python -m deltasam_fairseq.convert; --bpe wordpiece needs tokenizers alone
-        "convert": ["transformers", "tokenizers", "safetensors"],
+        "convert": CONVERT,
         # examples.glue.report, and the curves of the benchmark
-        "report": ["pandas", "scipy>=1.10", "matplotlib", "jinja2", "markdown"],
+        "report": REPORT,
     },
     classifiers=[
         "License :: OSI Approved :: MIT License",

@@ -15,17 +15,18 @@ fast_config.install()
 
 
 # Folders and files, below tests/, of what starts programs or trains for long: `make test-fast`
-# leaves them out.
+# skips them.
 SLOW = (
     *("average", "cli", "convert", "distributed", "scripts", "sharpness", "sts"),
     *("examples/test_files.py", "examples/test_generation.py", "examples/test_glue_run.py"),
     *("examples/test_experiments.py", "examples/test_warm.py"),
     *("glue/test_predict.py", "glue/test_prepare.py", "squad/test_predict.py"),
-    *("squad/test_training.py", "optim/test_compiled_rounding.py", "test_conformance.py"),
+    *("squad/test_training.py", "core/test_compiled_rounding.py", "test_conformance.py"),
     *("trainer/test_exit_paths.py", "trainer/test_half_precision.py"),
     *("trainer/test_weight_average.py", "trainer/test_cheaper_ascent.py", "test_fast_config.py"),
     *("checkpoints/test_mixed_data.py", "fairseq_patches/test_data_threads.py"),
-    "fairseq_patches/test_data_options.py",
+    *("fairseq_patches/test_data_options.py", "pytorch/test_examples.py"),
+    *("pytorch/test_ranks.py", "pytorch/test_without_fairseq.py"),
 )
 
 
@@ -33,6 +34,7 @@ def pytest_collection_modifyitems(items):
     """Mark what is slow, and all of tests/cuda; skip what needs a GPU where there is none."""
     here = Path(__file__).parent
     slow = [here / name for name in SLOW]
+    assert all(path.exists() for path in slow), slow
     for item in items:
         if any(path in (item.path, *item.path.parents) for path in slow):
             item.add_marker(pytest.mark.slow)

@@ -1,4 +1,4 @@
-"""docs/: the map names every file, and links lead somewhere."""
+"""docs/: the map names every file; links and names of files lead somewhere."""
 
 import re
 from pathlib import Path
@@ -8,6 +8,9 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").rglob("*.md")])
 PAGES += sorted((ROOT / "examples").rglob("README.md"))
+FOLDERS = ("deltasam_fairseq", "examples", "scripts", "tests")
+
+OF_OTHERS = {"average_checkpoints.py", "evaluate-v1.1.py", "evaluate-v2.0.py"}
 
 
 def test_the_map_has_every_file_and_no_other():
@@ -33,7 +36,11 @@ def test_the_map_has_every_file_and_no_other():
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_links_lead_to_files(page):
-    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    text = page.read_text(encoding="utf-8")
+    there = {path.name for folder in FOLDERS for path in (ROOT / folder).rglob("*.py")}
+    named = set(re.findall(r"[\w.-]*\w\.py\b", text))
+    assert named <= there | OF_OTHERS | {"setup.py"}, named - there
+    text = re.sub(r"```.*?```", "", text, flags=re.S)
     for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", text):
         if "://" not in target:
             assert (page.parent / target).exists(), target

@@ -9,7 +9,7 @@ radius of the probe,
     eps* = rho grad(sum_i p_i l_i)(w) / ||.||_2
 
 The paper has s_i over its finite-difference step, an estimate of the norm of the sentence's
-gradient, in the place of ``s_i / max_j s_j``: the meaning of its lambda changes with the size of
+gradient, instead of ``s_i / max_j s_j``: the meaning of its lambda changes with the size of
 the gradients. Here the most sensitive sentence weighs ``exp(lambda)`` times as much as one that is
 not sensitive at all, in every model and at every moment of a run; R cancels.
 """

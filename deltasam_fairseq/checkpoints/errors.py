@@ -35,7 +35,7 @@ def refused(name: str, reason: str) -> CheckpointRefusedError:
             f"torch.save's own (2). {_last_line(reason)}"
         )
     full_name = wanted.group(1)
-    if "." not in full_name:  # torch leaves builtins out
+    if "." not in full_name:  # torch omits builtins
         full_name = f"builtins.{full_name}"
     return CheckpointRefusedError(
         f"{name} was not loaded: it asks for {full_name}, which is not among the classes that "

@@ -15,10 +15,6 @@ class GatheringMeter(fairseq_meters.MetersDict._DerivedMeter):
     `gather` resets them.
     """
 
-    def __init_subclass__(cls) -> None:
-        """Let fairseq find the class: checkpoints of earlier versions name it, without contents."""
-        setattr(fairseq_meters, cls.__name__, cls)
-
     def __init__(self) -> None:
         self.reset()
 

@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 # Of the adaptive methods; TRAM's T is |w|.
 ETAS = {"asam": 0.01, "tram": 0.0, "tram_theta": 0.0}
 
-_A_SENTENCE = "losses of at least one sentence; leave empty batches out"
+_A_SENTENCE = "losses of at least one sentence; skip empty batches"
 
 
 def _delta_sam(radius: Radius, beta: float = 3.0) -> Parts:
@@ -434,7 +434,6 @@ class SharpnessAware:
         Raises:
             ValueError: it is none.
         """
-        state = {"radius": {}, **state}  # of an earlier version
         missing = [key for key in self.state_dict() if key not in state]
         _require(not missing, "state", f"without {missing}", "what state_dict() returned")
         self.update, self.seed, self._divisor = state["update"], state["seed"], state["divisor"]

@@ -66,14 +66,14 @@ class SpanPredictionCriterion(RegularisedCriterion, FairseqCriterion):
         n = len(result.losses)
         log: Dict[str, Any] = {"ntokens": sample["ntokens"], "nsentences": n, "sample_size": n}
         if not model.training:
-            log["windows"] = self._judged(sample, self.spans(result.scores, sample))
+            log["windows"] = self._score_windows(sample, self.spans(result.scores, sample))
         return n, log
 
     def spans(self, scores: Tensor, sample: Dict[str, Any]) -> Spans:
         """The best span of every window, of log-probabilities of shape (B, 2, T)."""
         return best_spans(scores.detach(), sample["window"], self.max_answer_length)
 
-    def _judged(self, sample: Dict[str, Any], spans: Spans) -> Windows:
+    def _score_windows(self, sample: Dict[str, Any], spans: Spans) -> Windows:
         found = Windows()
         for number, text, score, null in self.answers(sample, spans):
             question = self.task.questions[number]

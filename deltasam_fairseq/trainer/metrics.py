@@ -52,7 +52,7 @@ class StepMetrics:
     sam_realised         share of the ascent that survived rounding (half precision only)
     ascent_gnorm         norm of the ascent gradient, normalised as fairseq's gnorm
     delta_sam_effective  effective share of instances, ``1 / (N sum_j g_j^2)``, 1/N to 1; of
-                         RW-SAM with p in the place of g
+                         RW-SAM with p for g
     delta_sam_r          the ratio r of Eq. 5 (not of RW-SAM)
     delta_sam_negative   share of sentences with a negative ascent weight, 0 to 1 (likewise)
     delta_sam_uniform    number of updates with uniform weights (degenerate cases)

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from deltasam_fairseq.markdown import markdown_table
+from examples.common.fairseq_log import read_log
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import LOG, exit_code, run_all
 from examples.common.stage import Stage, module, read_stamp
@@ -141,7 +142,7 @@ def bleu(folder: Path) -> float:
     return float(re.findall(r"BLEU4? = ([\d.]+)", log)[-1])
 
 
-def written(folder: Path) -> Dict[int, str]:
+def read_outputs(folder: Path) -> Dict[int, str]:
     """Return the sentences that fairseq-generate printed, by their number in the test."""
     log = (folder / LOG).read_text(encoding="utf-8")
     return {int(i): text for i, text in re.findall(r"^D-(\d+)\t\S+\t(.*)$", log, re.M)}
@@ -149,8 +150,8 @@ def written(folder: Path) -> Dict[int, str]:
 
 def valid_loss(folder: Path) -> float:
     """Return the lowest loss on the validation sentences, in bits a token."""
-    log = (folder / "train.log").read_text(encoding="utf-8")
-    return min(float(loss) for loss in re.findall(r'"valid_loss": "([\d.]+)"', log))
+    epochs = read_log(folder / "train.log").epochs
+    return min(epoch["valid_loss"] for epoch in epochs if "valid_loss" in epoch)
 
 
 def spread(values: Sequence[float]) -> str:
@@ -176,7 +177,7 @@ def report(args: argparse.Namespace, data: Path) -> str:
         seconds = statistics.mean(read_stamp(run)["seconds"] for run in runs)
         table.append([name, spread(scores), f"{loss:.2f}", f"{seconds:.0f}"])
     rows = [markdown_table(["method", "BLEU", "valid loss", "training, s"], table)]
-    outputs = {name: written(test_folder(args, name, args.seeds[0])) for name in args.methods}
+    outputs = {name: read_outputs(test_folder(args, name, args.seeds[0])) for name in args.methods}
     for i in range(min(3, len(sources))):
         rows += ["", f"- {sources[i]}", f"  - wanted: {targets[i]}"]
         rows += [f"  - {name}: {texts.get(i, '')}" for name, texts in outputs.items()]

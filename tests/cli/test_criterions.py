@@ -184,17 +184,13 @@ def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
         assert {a.dtype for a in averages[0]["averages"].values()} == {torch.float32}
 
 
-@pytest.mark.parametrize(
-    "criterion, added", [("plain", None), ("r3f", ("_predictions", "Predictions"))]
-)
-def test_resumed_after_a_validation(classification, tmp_path, criterion, added):
-    """Also from a file that names the meter, as earlier versions wrote them."""
+@pytest.mark.parametrize("criterion", ["plain", "r3f"])
+def test_resumed_after_a_validation(classification, tmp_path, criterion):
     assert_resumed_with_validation(
         *(classification, tmp_path, "--optimizer", "delta_sam_adam", "--lr", "0.02"),
         *("--report-mcc", "--report-acc-and-f1"),
         criterion=criterion,
         metric="valid_mcc",
-        added_meter=added,
     )
 
 

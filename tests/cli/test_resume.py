@@ -9,7 +9,6 @@ import sys
 import time
 
 import pytest
-import torch
 
 from tests.helpers import runs, tiny
 
@@ -87,12 +86,11 @@ def validations(run):
     }
 
 
-def assert_resumed_with_validation(data, folder, *options, criterion, metric, added_meter=None):
+def assert_resumed_with_validation(data, folder, *options, criterion, metric):
     """Stopped after two updates of an epoch, each followed by a validation, and resumed.
 
     Args:
         metric: what must be among the metrics of each validation.
-        added_meter: name and class of a meter that the checkpoint is made to hold.
     """
 
     def train(name, updates):
@@ -107,9 +105,6 @@ def assert_resumed_with_validation(data, folder, *options, criterion, metric, ad
         "AverageMeter",
         "TimeMeter",
     }
-    if added_meter is not None:
-        metrics["valid"].append((50, *added_meter, {}))
-        torch.save(stopped.checkpoint, folder / "parts" / "checkpoint_last.pt")
     parts = train("parts", "5")
     runs.assert_same_end(parts, whole)
     expected, found = validations(whole), {**validations(stopped), **validations(parts)}

@@ -70,14 +70,11 @@ def test_resumed_is_uninterrupted(span_prediction, tmp_path, optimizer):
     )
 
 
-@pytest.mark.parametrize("added", [None, ("_questions", "Questions")], ids=["", "old file"])
-def test_resumed_after_a_validation(span_prediction, tmp_path, added):
-    """Also from a file that names the meter, as earlier versions wrote them."""
+def test_resumed_after_a_validation(span_prediction, tmp_path):
     assert_resumed_with_validation(
         *(span_prediction, tmp_path, "--optimizer", "delta_sam_adam", "--lr", "0.02"),
         criterion="span_prediction",
         metric="valid_f1",
-        added_meter=added,
     )
 
 

@@ -86,7 +86,7 @@ def test_as_often_as_adam(classification, tmp_path, optimizer, mode):
 
 
 @pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
-def test_no_oftener_between_ranks(classification, tmp_path, optimizer, monkeypatch):
+def test_no_more_often_between_ranks(classification, tmp_path, optimizer, monkeypatch):
     """The figures are on the device then; all come in one copy."""
     monkeypatch.setattr("fairseq.distributed.utils.all_reduce", lambda t, *_, **__: t)
     expected = reads(classification, tmp_path, "adam", ranks=True)
@@ -94,7 +94,7 @@ def test_no_oftener_between_ranks(classification, tmp_path, optimizer, monkeypat
 
 
 @pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
-def test_no_oftener_for_masked_words(language_modelling, tmp_path, optimizer):
+def test_no_more_often_for_masked_words(language_modelling, tmp_path, optimizer):
     """Their criterion counts its sentences on the device."""
     expected = reads(language_modelling, tmp_path, "adam", criterion="masked_lm")
     found = reads(language_modelling, tmp_path, optimizer, criterion="masked_lm")
