@@ -16,7 +16,7 @@ import numpy as np
 
 from deltasam_fairseq.markdown import markdown_table
 from deltasam_fairseq.sts.datasets import SETS
-from examples.common.fairseq_log import TRAIN_WALL, read_log
+from examples.common.fairseq_log import read_log
 
 ROWS = ("base", "r3f", "delta_sam", "r3f+delta_sam")
 # Average, then each of SETS; means of five seeds.
@@ -43,7 +43,7 @@ class Run(NamedTuple):
     Attributes:
         scores: Spearman x 100 of each set that was measured.
         dev: the same of STS-B's dev side, in training.
-        seconds: of the updates.
+        seconds: of the updates; fairseq logs whole ones.
     """
 
     scores: Dict[str, float]
@@ -55,11 +55,10 @@ def read_runs(folder: Path, row: str) -> List[Run]:
     """Return the complete runs of a row, by seed."""
     found = []
     for path in sorted(folder.glob(f"scores/{row}-seed*/sts.json")):
-        log = read_log(folder / "runs" / path.parent.name / "train.log")
-        last = log.epochs[-1]
-        seconds = last["train_num_updates"] / log.updates_per_second[TRAIN_WALL]
+        epochs = read_log(folder / "runs" / path.parent.name / "train.log").epochs
+        seconds = sum(epoch.get("train_train_wall", 0.0) for epoch in epochs)
         scores = json.loads(path.read_text(encoding="utf-8"))["spearman"]
-        found.append(Run(scores, last["valid_spearman"], seconds))
+        found.append(Run(scores, epochs[-1]["valid_spearman"], seconds))
     return found
 
 
@@ -84,13 +83,14 @@ def report(runs: Dict[str, List[Run]], recipe: str) -> str:
         what = "no run is complete" if not measured else "runs were measured on different sets"
         raise ValueError(f"{what}; run examples.sts.run again")
     sets = [name for name in SETS if name in next(iter(measured))]
-    base = runs.get(ROWS[0], [])
+    of_base = [run.seconds for run in runs.get(ROWS[0], [])] or [0.0]
+    base = np.mean(of_base)  # 0 if there is none, or all ended within half a second
     rows = []
     for row, found in runs.items():
         averages = [float(np.mean([run.scores[name] for name in sets])) for run in found]
         each = [cell([run.scores[name] for run in found]) for name in sets]
         seconds = float(np.mean([run.seconds for run in found]))
-        relative = f"{seconds / np.mean([run.seconds for run in base]):.2f}" if base else "-"
+        relative = f"{seconds / base:.2f}" if base else "-"
         dev = cell([run.dev for run in found])
         time = [f"{seconds:.0f}", relative]
         rows.append([TITLES[row], str(len(found)), cell(averages), *each, dev, *time])

@@ -132,6 +132,13 @@ def test_report_by_hand(tmp_path, monkeypatch):
     assert all(len(row) == 1 + len(SETS) for rows in report.PAPER.values() for row in rows.values())
 
 
+def test_report_of_runs_within_half_a_second(tmp_path):
+    """fairseq logs 0 seconds."""
+    write_run(tmp_path, "base-seed1", {"STS-B": 70}, 0)
+    text = report.report({"base": report.read_runs(tmp_path, "base")}, "bert")
+    assert [cell.strip() for cell in text.splitlines()[2].split("|")[-3:-1]] == ["0", "-"]
+
+
 def test_runs_on_different_sets_are_refused(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, "base-seed1", {"STS-B": 1.0}, 10)
     write_run(tmp_path, "base-seed2", {"SICK-R": 1.0}, 10)
