@@ -86,6 +86,9 @@ def test_trained_checkpoint_in_transformers(tmp_path, family, pooling):
             torch.testing.assert_close(model.embed(side), expected, rtol=0, atol=1e-10)
     before = embeddings(tmp_path / "hf", first, pooling)
     assert (before - theirs[0]).abs().max() > 1e-3  # the model was trained
+    name = "encoder.sentence_encoder.embed_positions.weight"
+    of_padding = [runs.load(path)["model"][name][1] for path, _ in cases]
+    assert torch.equal(*of_padding)  # as transformers, which does not train it
     cosines = torch.cosine_similarity(*theirs).tolist()
     expected = 100 * spearmanr(cosines, scores)[0]
     found = load_model(checkpoint, tmp_path / "data").score(pairs)
