@@ -119,7 +119,7 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = options.add_argument
-    add("--train", type=Path, help="sentences to train on")
+    add("--train", type=Path, help="sentences to train on, one a line; X.csv: of STS-B's layout")
     add("--valid", type=Path, help="scored pairs to validate with: STS-B's sts-dev.csv")
     add("--out", type=Path, required=True, help="folder to write")
     add("--sentences", type=ranged(int, at_least=2), help="draw so many of --train (default: all)")

@@ -160,11 +160,9 @@ class Views(_Pairs):
         return False
 
     def ordered_indices(self) -> np.ndarray:
-        """Return the sentences in random order, the same for a seed and epoch.
-
-        fairseq 0.12.2 seeds numpy for all epochs alike.
-        """
-        # The length, which is no sentence's number: these draws are none of a span's.
+        """Return the sentences in random order, the same for a seed and epoch."""
+        # fairseq 0.12.2 seeds numpy for all epochs alike. With the length, which is no sentence's
+        # number, the draws differ from those of the spans.
         entropy = [abs(self._cfg.seed), self._epoch, len(self)]
         return np.random.default_rng(entropy).permutation(len(self))
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from deltasam_fairseq.data.files import DataError
 from deltasam_fairseq.sts import __main__ as sts
 from deltasam_fairseq.sts import prepare
 from deltasam_fairseq.sts.datasets import read_set
@@ -127,6 +128,15 @@ def write_sts16(root, rows=1186):
 def test_all_scored_pairs_of_a_year(tmp_path):
     expected = write_sts16(tmp_path)
     assert read_set(tmp_path, "STS16") == expected
+
+
+def test_scores_of_other_sentences(tmp_path):
+    write_sts16(tmp_path)
+    with (tmp_path / "STS16-en-test" / "STS.gs.headlines.txt").open("a") as scores:
+        scores.write("1\n")
+    message = "STS.input.headlines.txt: 250 lines, STS.gs.headlines.txt 251, which belong together"
+    with pytest.raises(DataError, match=message):
+        read_set(tmp_path, "STS16")
 
 
 class TestMeasure:
