@@ -54,7 +54,9 @@ GRID = {
     "rho": (0.001, 0.003, 0.01, 0.03, 0.1, 0.3),
     "beta": (3, 10, 30),
 }
+SEEDS = (1, 2, 3, 4, 5)
 HOLD_OUT = 0.2
+OF_TEXT = ("only", "rows", "methods", "seeds")  # options
 ENDING = 8  # seconds to end the runs and to write in
 FIGURES = ("accuracy", "mcc", "f1", "acc_and_f1", "pearson", "spearman", "pearson_and_spearman")
 
@@ -110,10 +112,10 @@ def parser() -> argparse.ArgumentParser:
     add("--beta", nargs="+", type=float, help="to choose from (default: 3 10 30)")
     add("--by", choices=("best", "last"), default="best", help="epoch that chooses (default: best)")
     add("--methods", nargs="+", help="of text tasks, as adam sam delta_sam (default: all)")
-    add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="of text tasks (default: 5)")
+    add("--seeds", nargs="+", type=int, help="of text tasks (default: 1 2 3 4 5)")
     add("--data", type=Path, help="folder with TREC/ and SST-2/, TSV files (default: KIT/text)")
     add("--model", type=Path, help="MiniLM converted before (default: KIT/minilm is converted)")
-    add("--jobs", type=int, default=14, help="runs at a time (default: 14)")
+    add("--jobs", type=ranged(int, at_least=1), default=14, help="runs at a time (default: 14)")
     add("--precision", choices=list(glue.PRECISIONS), help="default: fp32")
     return options
 
@@ -246,7 +248,7 @@ class Trainings:
                 )
                 for setting in group
                 for methods in self.methods(setting)
-                for seed in self.args.seeds[: 1 if self.small else None]
+                for seed in (self.args.seeds or SEEDS)[: 1 if self.small else None]
                 for method in methods
             ]
             self.run([[job] for job in jobs], options)
@@ -427,6 +429,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     args.data = args.data or args.kit / "text"
+    for name in OF_TEXT if args.experiment not in GROUPS else ():
+        if getattr(args, name):
+            options.error(f"--{name}: not of {args.experiment}, only of {' and '.join(GROUPS)}")
     known = [one.name for group in GROUPS.get(args.experiment, ()) for one in group]
     for name in args.only or ():
         if name not in known:

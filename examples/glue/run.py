@@ -246,14 +246,11 @@ def check_common(args: argparse.Namespace) -> Optional[str]:
 
 
 def recipe_of(args: argparse.Namespace, task: str) -> Optional[str]:
-    """Return the recipe of a task, or the default one of its backbone; None without either."""
-    own = f"{args.recipe}/{task}"
-    if (CONFIG / "recipe" / f"{own}.yaml").is_file():
-        return own
-    if not (CONFIG / "recipe" / args.recipe).is_dir():
-        return None
-    default = f"{args.backbone}/{DEFAULT}"
-    return default if (CONFIG / "recipe" / f"{default}.yaml").is_file() else None
+    """Return the recipe of a task, or the default one of the recipes; None without either."""
+    of_backbone = args.recipe == OWN_RECIPES.get(args.backbone, args.backbone)
+    default = f"{args.backbone if of_backbone else args.recipe}/{DEFAULT}"
+    found = (f"{args.recipe}/{task}", default)
+    return next((one for one in found if (CONFIG / "recipe" / f"{one}.yaml").is_file()), None)
 
 
 def size_overrides(args: argparse.Namespace, task: str) -> List[str]:

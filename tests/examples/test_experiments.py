@@ -38,6 +38,21 @@ def test_wrong_labels(kit, tmp_path):
     assert "replaced labels" in page and "| adam_2x " in page
 
 
+@pytest.mark.parametrize(
+    "more, expected",
+    [
+        (["--seeds", "1"], "--seeds: not of glue, only of wrong-labels and few-labels"),
+        (["--experiment", "few-labels", "--only", "RTE"], "--only RTE: not of few-labels"),
+        (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
+    ],
+)
+def test_wrong_options(tmp_path, capsys, more, expected):
+    argv = ["--device", "cpu", "--seconds", "9", "--kit", tmp_path, "--work", tmp_path]
+    with pytest.raises(SystemExit):
+        experiments.main([str(word) for word in (*argv, "--out", tmp_path, *more)])
+    assert expected in capsys.readouterr().err
+
+
 def test_what_there_is_at_the_end_of_the_time_is_kept(kit, tmp_path):
     result, record, page = make(kit, tmp_path, seconds=experiments.ENDING + 1, work=tmp_path)
     assert result.returncode == 1 and "the time is over" in result.stdout

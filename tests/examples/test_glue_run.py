@@ -221,6 +221,10 @@ class TestRunner:
             (["--methods", "adam+sam"], ["--methods adam+sam", "at most one"]),
             (["--checkpoint", "/no/such.pt"], ["--checkpoint /no/such.pt", "no such file"]),
             (["--recipe", "bert_huge"], ["--recipe bert_huge", "roberta_large"]),
+            (
+                ["--recipe", "roberta_large_r3f", "--tasks", "STS-B"],
+                ["--recipe roberta_large_r3f", "STS-B.yaml is missing"],
+            ),
             (["--tasks", "MNLI"], ["--data", "MNLI", "--glue-dir"]),
             (["--sharpness", "--keep", "none"], ["--sharpness", "--keep best"]),
             (["--jobs", "0"], ["--jobs", "0"]),
