@@ -1,7 +1,6 @@
 """fairseq's command line: --help with all options, remedies, checks before anything is loaded."""
 
 import argparse
-import importlib.util
 import re
 import sys
 from typing import Any, Callable, Optional, Sequence
@@ -72,8 +71,6 @@ def _parse_and_check(
     parser.error = _with_remedy(parser.error)  # type: ignore[method-assign,assignment]
     parsed = parse_args_and_arch(parser, input_args, *args, **kwargs)
     namespace = parsed[0] if isinstance(parsed, tuple) else parsed
-    if getattr(namespace, "bf16", False) and importlib.util.find_spec("torch_xla") is None:
-        namespace.tpu = False  # fairseq takes --bf16 for a TPU, on every machine
     if hasattr(namespace, "distributed_world_size"):
         namespace.distributed_world_size = world_size_of_torchrun(namespace.distributed_world_size)
     if getattr(namespace, "optimizer", None) and hasattr(namespace, "restore_file"):

@@ -4,7 +4,6 @@ import sys
 from typing import Any, Dict, List
 
 import fairseq.trainer
-from fairseq.tasks.masked_lm import MaskedLMTask
 
 from deltasam_fairseq import bpe, checkpoints, command_line, models, squad, sts  # noqa: F401  register
 from deltasam_fairseq.config_checks import check_config, warn_about_dropped_sentences
@@ -16,6 +15,7 @@ from deltasam_fairseq.fairseq_patches import (
     fp16_on_cpu,
     fused_layers,
     log_file,
+    misread_options,
     removed_numpy_names,
 )
 from deltasam_fairseq.fairseq_patches.patching import patch
@@ -49,7 +49,6 @@ def _training_programs() -> List[Any]:
 def _add_defaults_and_check(add_defaults: Any, cfg: Any) -> None:
     """Check a run; ``add_defaults`` is what fairseq's main calls first after importing a plugin."""
     add_defaults(cfg)
-    MaskedLMTask.args = cfg.bpe  # where fairseq looks for the BPE of --mask-whole-words in vain
     check_config(cfg)
     warn_about_dropped_sentences(cfg)
 
@@ -60,6 +59,7 @@ def install() -> None:
     register_swa_schedulers()
     for part in (
         checkpoints,
+        misread_options,
         command_line,
         classification_heads,
         data_threads,
@@ -74,6 +74,7 @@ def install() -> None:
     for program in _training_programs():
         if program.Trainer is fairseq.trainer.Trainer:
             program.Trainer = SharpnessAwareTrainer
+        patch(program, "add_defaults", misread_options.set_bpe_of_whole_words)
         patch(program, "add_defaults", _add_defaults_and_check)
         patch(program, "validate", validate_average)
         patch(program, "train", warn_if_never_averaged)

@@ -12,6 +12,7 @@ import torch
 from deltasam_fairseq.checkpoints.allow_list import allowed_globals, torch_safe_globals
 from deltasam_fairseq.checkpoints.errors import damaged, refused
 from deltasam_fairseq.checkpoints.unpickler import refuse_torchscript, restricted_pickle
+from deltasam_fairseq.fairseq_patches.patching import replaced
 
 # reader(torch.load, *what torch.load was called with)
 Reader = Callable[..., Any]
@@ -97,10 +98,5 @@ _lock = threading.RLock()
 @contextlib.contextmanager
 def torch_load_as(reader: Reader) -> Iterator[None]:
     """Replace ``torch.load`` in this thread; nested or failing, it comes back."""
-    with _lock:
-        before = torch.load
-        torch.load = _Load(before, reader)
-        try:
-            yield
-        finally:
-            torch.load = before
+    with _lock, replaced(torch, "load", _Load(torch.load, reader)):
+        yield

@@ -32,6 +32,7 @@ SERVER = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP
 # by -c, which looks for modules in the current folder: that of each program, as -m does
 SERVE = "from examples.common import warm; warm.main()"
 WORD = 8  # bytes of a number in a pipe
+enabled = True  # False: every program imports for itself
 _server: Optional[socket.socket] = None
 _lock = threading.Lock()
 
@@ -78,7 +79,7 @@ def can_fork(command: Sequence[str], environment: Dict[str, str]) -> bool:
 
     devices = environment.get("CUDA_VISIBLE_DEVICES")
     one = torch.cuda.device_count() < 2 if devices is None else "," not in devices
-    return one and list(command[:2]) == [sys.executable, "-m"]
+    return enabled and one and list(command[:2]) == [sys.executable, "-m"]
 
 
 def start(

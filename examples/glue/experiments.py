@@ -182,7 +182,7 @@ class Trainings:
                 run_all([check], 1)
             except StageError as error:
                 print(error, "every run imports torch itself", sep="\n", flush=True)
-                warm.can_fork = lambda command, environment: False  # type: ignore[assignment]
+                warm.enabled = False
 
     # --- experiments ------------------------------------------------------------------------
     def glue_files(self, tasks: Sequence[str]) -> Path:
