@@ -71,18 +71,25 @@ def test_parameters_keep_their_memory(classification, tmp_path, optimizer, mode)
 
 
 OPTIONS = [
-    ["--sam-adaptive", "--sam-rho", "0.5"],
-    ["--sam-only", "layer_norm"],
-    ["--sam-ascent-fraction", "0.5"],
-    ["--sam-every", "2"],
+    "delta_sam_adam --sam-adaptive --sam-rho 0.5",
+    "delta_sam_adam --sam-only layer_norm",
+    "delta_sam_adam --sam-ascent-fraction 0.5",
+    "delta_sam_adam --sam-every 2",
+    "delta_sam_adam --delta-sam-weights gibbs",
+    "sam_adam --sam-micro 3",
+    "sam_adam --sam-gsam-alpha 0.4 --sam-rho-schedule lr",
+    "sam_adam --sam-functional",
+    "sam_adam --sam-mask fisher --sam-mask-every 1",
+    "sam_adam --sam-radius trust_region --sam-trust-sigma 0.1",
+    "sam_adam --sam-radius trust_region_theta",
 ]
 
 
 @pytest.mark.parametrize("mode", ["flat-fp16", "memory-efficient-bf16", "amp"])
-@pytest.mark.parametrize("options", OPTIONS, ids=[words[0][2:] for words in OPTIONS])
+@pytest.mark.parametrize("options", OPTIONS)
 def test_options_with_two_micro_batches(classification, tmp_path, options, mode):
-    more = ["--dropout", "0.1", *options, *gpu.MODES[mode]]
-    trainer = gpu.build_trainer(classification, tmp_path, "delta_sam_adam", *more)
+    more = [*options.split(), "--dropout", "0.1", *gpu.MODES[mode]]
+    trainer = gpu.build_trainer(classification, tmp_path, *more)
     samples = tiny.batches(trainer)
     for pair in (samples[:2], samples[2:4]):
         assert torch.isfinite(torch.as_tensor(float(trainer.train_step(pair)["loss"])))

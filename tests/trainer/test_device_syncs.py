@@ -85,6 +85,22 @@ def test_as_often_as_adam(classification, tmp_path, optimizer, mode):
     assert 0 < reads(classification, tmp_path, optimizer, *mode) <= expected
 
 
+METHODS = [
+    "sam_adam --sam-gsam-alpha 0.4 --sam-rho-schedule lr",
+    "sam_adam --sam-functional",
+    "sam_adam --sam-mask fisher",  # between two renewals
+    "sam_adam --sam-radius trust_region",
+    "sam_adam --sam-radius trust_region_theta",
+    "delta_sam_adam --delta-sam-weights gibbs",
+]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_methods_of_the_family_as_often_as_adam(classification, tmp_path, method):
+    expected = reads(classification, tmp_path, "adam")
+    assert 0 < reads(classification, tmp_path, *method.split()) <= expected
+
+
 @pytest.mark.parametrize("optimizer", ["sam_adam", "delta_sam_adam"])
 def test_no_more_often_between_ranks(classification, tmp_path, optimizer, monkeypatch):
     """The figures are on the device then; all come in one copy."""
