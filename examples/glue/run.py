@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from deltasam_fairseq.data.splits import entries_of, read_record
-from deltasam_fairseq.glue.tasks import TASKS, find_file, own_task, read_table
+from deltasam_fairseq.glue.tasks import GLUE, TASKS, find_file, own_task, read_table
 from deltasam_fairseq.glue.write_splits import PARTS
 from deltasam_fairseq.options import ranged
 from examples.common.runner import exit_code, run_all, run_side_by_side
@@ -40,7 +40,6 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIG = Path(__file__).resolve().parent / "config"
 
 PYTHON = sys.executable
-GLUE = ("CoLA", "MNLI", "MRPC", "QNLI", "QQP", "RTE", "SST-2", "STS-B")
 OPTIMIZERS = ("adam", "sam", "delta_sam")
 # SAM's family, at the rho that was chosen for SAM
 AT_RHO = ("m_sharpness_4", "m_sharpness_1", "rw_sam", "functional_sam", "gsam", "fisher_sam")
