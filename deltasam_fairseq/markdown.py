@@ -1,8 +1,20 @@
-"""Markdown tables, for every report of this project."""
+"""Markdown tables and their cells, for every report of this project."""
 
 from __future__ import annotations
 
 from typing import Sequence
+
+import numpy as np
+
+
+def spread(values: Sequence[float], digits: int = 1) -> str:
+    """Return the mean and, of several values, the standard deviation (with n - 1).
+
+    >>> spread([60, 62])
+    '61.0 ± 1.4'
+    """
+    mean = f"{np.mean(values):.{digits}f}"
+    return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from deltasam_fairseq.markdown import markdown_table
+from deltasam_fairseq.markdown import markdown_table, spread
 
 
 def test_table_by_hand():
@@ -14,6 +14,11 @@ def test_table_by_hand():
         "| sam    | 61.0 | x   |",
         "| a\\|b   |      | y   |",
     ]
+
+
+def test_spread_by_hand():
+    """Of 1, 2, 6 the mean is 3 and the variance (4 + 1 + 9) / 2."""
+    assert spread([1, 2, 6], 2) == "3.00 ± 2.65" and spread([1.25], 2) == "1.25"
 
 
 def test_header_alone():

@@ -20,7 +20,7 @@ from typing import Any, Dict, Sequence
 
 import pandas as pd
 
-from deltasam_fairseq.markdown import markdown_table
+from deltasam_fairseq.markdown import markdown_table, spread
 from examples.common.fairseq_log import WHOLE_EPOCHS, read_log
 from examples.common.stage import sharpness_folder
 
@@ -72,17 +72,14 @@ def table(runs: Sequence[Dict[str, Any]]) -> pd.DataFrame:
     """
     frame = pd.DataFrame(runs).drop(columns="epochs").astype({"sharpness": float})
     groups = frame.groupby("method", sort=False)
-    means, stds, sizes = groups.mean(), groups.std(), groups.size()
-    means = means.where(groups.count().eq(sizes, axis=0))
     digits = {"valid loss": 3, "sharpness": 4}
-    rows = pd.DataFrame({"seeds": sizes.astype(str)})
-    for name in means.columns[:-1]:
-        decimals = digits.get(name, 1)
+    rows = pd.DataFrame({"seeds": groups.size().astype(str)})
+    for name in frame.columns[1:-1]:
         rows[name] = [
-            "-" if pd.isna(m) else f"{m:.{decimals}f}" + ("" if n < 2 else f" ± {s:.{decimals}f}")
-            for m, s, n in zip(means[name], stds[name], sizes)
+            "-" if values.isna().any() else spread(values, digits.get(name, 1))
+            for _, values in groups[name]
         ]
-    time = means["time (s)"]
+    time = groups["time (s)"].mean()
     rows["time (s)"] = time.map("{:.1f}".format)
     rows[f"time / {time.index[0]}"] = (time / time.iloc[0]).map("{:.2f}".format)
     return rows.reset_index()

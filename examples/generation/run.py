@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
-from deltasam_fairseq.markdown import markdown_table
+from deltasam_fairseq.markdown import markdown_table, spread
 from examples.common.fairseq_log import read_log
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import LOG, exit_code, run_all
@@ -152,12 +152,6 @@ def valid_loss(folder: Path) -> float:
     """Return the lowest loss on the validation sentences, in bits a token."""
     epochs = read_log(folder / "train.log").epochs
     return min(epoch["valid_loss"] for epoch in epochs if "valid_loss" in epoch)
-
-
-def spread(values: Sequence[float]) -> str:
-    """Return the mean, and the standard deviation where there are several."""
-    mean = f"{statistics.mean(values):.1f}"
-    return mean if len(values) == 1 else f"{mean} ± {statistics.stdev(values):.1f}"
 
 
 def report(args: argparse.Namespace, data: Path) -> str:

@@ -32,7 +32,7 @@ import torch
 
 from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.glue.write_splits import PARTS
-from deltasam_fairseq.markdown import markdown_table
+from deltasam_fairseq.markdown import markdown_table, spread
 from deltasam_fairseq.options import ranged
 from examples.common import warm
 from examples.common.runner import StageError, run_all, run_side_by_side
@@ -409,11 +409,8 @@ def accuracies(record: Dict[str, Any]) -> str:
             groups.setdefault((run["task"], run["method"]), []).append(run)
     rows = []
     for (task, method), found in groups.items():
-        columns = torch.tensor([readings(run["epochs"]) for run in found])
-        means = columns.mean(0).tolist()
-        spreads = columns.std(0).tolist() if len(found) > 1 else [math.nan] * len(means)
-        cells = [f"{m:.1f}" + (f" ± {s:.1f}" if s == s else "") for m, s in zip(means, spreads)]
-        cells = [cell if mean == mean else "–" for cell, mean in zip(cells, means)]
+        columns = zip(*(readings(run["epochs"]) for run in found))
+        cells = ["–" if any(map(math.isnan, values)) else spread(values) for values in columns]
         seconds = sum(run["seconds"] or math.nan for run in found) / len(found)
         rows.append([task, method, str(len(found)), *cells, f"{seconds:.0f}"])
     head = ["task", "method", "seeds", "last epoch", "epoch by held-out", "best epoch"]

@@ -14,7 +14,7 @@ from typing import Dict, List, NamedTuple
 
 import numpy as np
 
-from deltasam_fairseq.markdown import markdown_table
+from deltasam_fairseq.markdown import markdown_table, spread
 from deltasam_fairseq.sts.datasets import SETS
 from examples.common.fairseq_log import read_log
 
@@ -62,12 +62,6 @@ def read_runs(folder: Path, row: str) -> List[Run]:
     return found
 
 
-def cell(values: List[float]) -> str:
-    """Return mean and standard deviation."""
-    spread = f" ± {np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{np.mean(values):.2f}{spread}"
-
-
 def report(runs: Dict[str, List[Run]], recipe: str) -> str:
     """Return the page: a table of the runs, one of the paper's figures, what they are.
 
@@ -88,12 +82,12 @@ def report(runs: Dict[str, List[Run]], recipe: str) -> str:
     rows = []
     for row, found in runs.items():
         averages = [float(np.mean([run.scores[name] for name in sets])) for run in found]
-        each = [cell([run.scores[name] for run in found]) for name in sets]
+        each = [spread([run.scores[name] for run in found], 2) for name in sets]
         seconds = float(np.mean([run.seconds for run in found]))
         relative = f"{seconds / base:.2f}" if base else "-"
-        dev = cell([run.dev for run in found])
+        dev = spread([run.dev for run in found], 2)
         time = [f"{seconds:.0f}", relative]
-        rows.append([TITLES[row], str(len(found)), cell(averages), *each, dev, *time])
+        rows.append([TITLES[row], str(len(found)), spread(averages, 2), *each, dev, *time])
     header = ["", "seeds", f"average of {len(sets)}", *sets, "STS-B dev", "s", "s / Mirror"]
     missing = [name for name in SETS if name not in sets]
     without = f" Not measured: {', '.join(missing)}." if missing else ""
