@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Dict, List, NamedTuple, Optional, Sequence
 
 from deltasam_fairseq.markdown import markdown_table, spread
+from deltasam_fairseq.options import ranged
 from examples.common.fairseq_log import read_log
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
 from examples.common.runner import LOG, exit_code, run_all
@@ -70,16 +71,16 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog=TO_FAIRSEQ,
     )
-    add = options.add_argument
+    add, count = options.add_argument, ranged(int, at_least=1)
     add("--methods", nargs="+", default=["adam", "delta_sam_adam"], help=f"of {', '.join(METHODS)}")
     add("--seeds", nargs="+", type=int, default=[1], help="of training (default: 1)")
-    add("--updates", type=int, default=UPDATES, help=f"of training (default: {UPDATES})")
+    add("--updates", type=count, default=UPDATES, help=f"of training (default: {UPDATES})")
     add("--text", type=Path, help="one sentence a line (default: what is on this machine)")
-    add("--train-sentences", type=int, help="default: all that are found, about 28000")
-    add("--held-out", type=int, default=500, help="sentences to validate on, and to test on")
-    add("--vocabulary", type=int, default=1000, help="sentencepiece pieces (default: 1000)")
-    add("--beam", type=int, default=5, help="of the search (default: 5)")
-    add("--cores", type=int, default=2, help="threads (default: 2)")
+    add("--train-sentences", type=count, help="default: all that are found, about 28000")
+    add("--held-out", type=count, default=500, help="sentences to validate on, and to test on")
+    add("--vocabulary", type=count, default=1000, help="sentencepiece pieces (default: 1000)")
+    add("--beam", type=count, default=5, help="of the search (default: 5)")
+    add("--cores", type=count, default=2, help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/generation"), help="folder of the results")
     return options
 
@@ -191,9 +192,8 @@ def check(args: argparse.Namespace) -> Optional[str]:
 
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
-    positive = ("updates", "train_sentences", "held_out", "vocabulary", "beam", "cores")
     options = parser()
-    args, extra = read_arguments(options, check, positive)
+    args, extra = read_arguments(options, check)
     args.out = args.out.absolute()
     args.text = None if args.text is None else args.text.absolute()
     data = args.out / "work" / "data"

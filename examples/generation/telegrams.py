@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import List
 
 from deltasam_fairseq.data.binarize import Dictionary, bpe_encoder, write_dataset
+from deltasam_fairseq.options import ranged
 from examples.common.pretraining_data import train_vocabulary
 
 SOURCE, TARGET = "short", "full"
@@ -39,16 +40,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         prog="python -m examples.generation.telegrams", description=__doc__.splitlines()[0]
     )
+    count = ranged(int, at_least=1)
     parser.add_argument("--text", type=Path, required=True, help="one sentence a line")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
-    parser.add_argument("--valid", type=int, default=500, help="sentences to validate on")
-    parser.add_argument("--test", type=int, default=500, help="sentences to test on")
-    parser.add_argument("--train", type=int, help="sentences to train on (default: all others)")
-    parser.add_argument("--vocab-size", type=int, default=1000, help="pieces of the vocabulary")
+    parser.add_argument("--valid", type=count, default=500, help="sentences to validate on")
+    parser.add_argument("--test", type=count, default=500, help="sentences to test on")
+    parser.add_argument("--train", type=count, help="sentences to train on (default: all others)")
+    parser.add_argument("--vocab-size", type=count, default=1000, help="pieces of the vocabulary")
     args = parser.parse_args()
 
-    if min(args.valid, args.test, args.train or 1) < 1:
-        parser.error("--valid, --test and --train must be at least 1")
     lines = args.text.read_text(encoding="utf-8").splitlines()
     splits, start = {}, 0
     for name in ("valid", "test", "train"):

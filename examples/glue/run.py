@@ -80,7 +80,8 @@ def common_options(program: str, description: str) -> argparse.ArgumentParser:
         description=description,
         epilog="What follows -- are overrides for every fairseq-hydra-train.",
     )
-    add = options.add_argument
+    add, count = options.add_argument, ranged(int, at_least=1)
+    share = ranged(float, above=0, below=1)
     add("--glue-dir", type=Path, help="folder with a folder a task of GLUE's TSV files")
     add("--checkpoint", type=Path, required=True, help="fairseq's model.pt to start from")
     add("--dict", type=Path, help="of --checkpoint (default: dict.txt beside it)")
@@ -93,26 +94,16 @@ def common_options(program: str, description: str) -> argparse.ArgumentParser:
         metavar=("SENTENCE[,SENTENCE2]", "LABEL"),
         help="of tasks that are not GLUE's: as --columns of glue.prepare",
     )
-    add(
-        "--train-rows",
-        type=ranged(int, at_least=1),
-        metavar="N",
-        help="rows to train on, drawn",
-    )
-    add("--label-noise", type=float, metavar="SHARE", help="share of wrong labels to train on")
+    add("--train-rows", type=count, metavar="N", help="rows to train on, drawn")
+    add("--label-noise", type=share, metavar="SHARE", help="share of wrong labels to train on")
     add("--noise-seed", type=int, default=1, help="of --train-rows and --label-noise (default: 1)")
     add(
         "--batch-size",
-        type=ranged(int, at_least=1),
+        type=count,
         default=BATCH,
         help=f"sentences, of a default recipe (default: {BATCH})",
     )
-    add(
-        "--epochs",
-        type=ranged(int, at_least=1),
-        default=10,
-        help="of a default recipe (default: 10)",
-    )
+    add("--epochs", type=count, default=10, help="of a default recipe (default: 10)")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     add(
         "--bpe",
@@ -122,13 +113,8 @@ def common_options(program: str, description: str) -> argparse.ArgumentParser:
     add("--any-rows", action="store_true", help="other rows than those of GLUE's own files")
     add("--bpe-options", nargs="*", default=[], metavar="OPTION[=VALUE]", help="of glue.prepare")
     add("--precision", choices=list(PRECISIONS), help="default: fp16 on GPUs, fp32 on CPUs")
-    add("--jobs", type=ranged(int, at_least=1), help="runs at a time (default: one a GPU, or one)")
-    add(
-        "--cores",
-        type=ranged(int, at_least=1),
-        default=2,
-        help="CPU threads of each run (default: 2)",
-    )
+    add("--jobs", type=count, help="runs at a time (default: one a GPU, or one)")
+    add("--cores", type=count, default=2, help="CPU threads of each run (default: 2)")
     add("--out", type=Path, required=True, help="folder of the results")
     return options
 
@@ -231,8 +217,6 @@ def check_common(args: argparse.Namespace) -> Optional[str]:
         return "--train-rows, --label-noise, --task-columns: only with --glue-dir"
     if args.glue_dir is not None and own and args.task_columns is None:
         return f"--tasks {own[0]}: not a task of GLUE; give its columns by --task-columns"
-    if args.label_noise is not None and not 0 < args.label_noise < 1:
-        return f"--label-noise {args.label_noise:g}: give a share above 0 and below 1, as 0.4"
     for task in args.tasks:
         if recipe_of(args, task) is None:
             recipe, known = CONFIG / "recipe" / args.recipe, ", ".join(names(CONFIG / "recipe"))

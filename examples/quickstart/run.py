@@ -56,7 +56,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__.splitlines()[0],
         epilog=TO_FAIRSEQ,
     )
-    add = options.add_argument
+    add, count = options.add_argument, ranged(int, at_least=1)
     add("--glue-dir", type=Path, help="folder with a folder a task (default: a task made here)")
     add("--task", help=f"one of {', '.join(sorted(TASKS))} (default: {BUILT_IN})")
     add("--checkpoint", type=Path, help="pretrained RoBERTa (default: a small one made here)")
@@ -70,8 +70,8 @@ def parser() -> argparse.ArgumentParser:
     add("--criterions", nargs="+", default=[PLAIN], help=f"of {', '.join(CRITERIONS)}")
     add("--seeds", "--seed", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
     add("--lr", type=float, help="learning rate (default: by task, see settings.py)")
-    add("--batch-size", type=int, help="sentences (default: by task)")
-    add("--epochs", type=int, help="epochs of fine-tuning (default: by task)")
+    add("--batch-size", type=count, help="sentences (default: by task)")
+    add("--epochs", type=count, help="epochs of fine-tuning (default: by task)")
     add("--sam-rho", type=float, help="radius of the ascent (default: by task)")
     add("--delta-sam-beta", type=float, help="strength of the reweighting (default: by task)")
     add(
@@ -82,7 +82,7 @@ def parser() -> argparse.ArgumentParser:
         "task made here, 0 of --glue-dir)",
     )
     add("--any-rows", action="store_true", help="of --glue-dir: other rows than GLUE's own files")
-    add("--cores", type=int, default=min(2, os.cpu_count() or 1), help="threads (default: 2)")
+    add("--cores", type=count, default=min(2, os.cpu_count() or 1), help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/quickstart"), help="folder of the results")
     return options
 
@@ -258,7 +258,7 @@ def fine_tuning_stages(
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
     options = parser()
-    args, extra = read_arguments(options, check, ("batch_size", "epochs", "cores"))
+    args, extra = read_arguments(options, check)
     args.out = args.out.absolute()
     work = args.out / "work"
     stages = text_stages(work) if args.checkpoint is None else []

@@ -17,6 +17,7 @@ import sys
 from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
+from deltasam_fairseq.options import ranged
 from examples.common.program import LOGGED, read_arguments
 from examples.common.runner import exit_code, run_all
 from examples.common.stage import Stage, module, option_words, sharpness_stage
@@ -58,7 +59,7 @@ def parser() -> argparse.ArgumentParser:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    add = options.add_argument
+    add, count = options.add_argument, ranged(int, at_least=1)
     add("--train", type=Path, help="SQuAD's train file (default: questions made here)")
     add("--valid", type=Path, help="SQuAD's dev file")
     add("--checkpoint", type=Path, help="pretrained RoBERTa or BERT of fairseq")
@@ -70,7 +71,7 @@ def parser() -> argparse.ArgumentParser:
     add("--seeds", nargs="+", type=int, default=[1], help="of fine-tuning (default: 1)")
     add("--sam-rho", type=float, default=0.05, help="radius of the ascent (default: 0.05)")
     add("--delta-sam-beta", type=float, default=3.0, help="of the reweighting (default: 3)")
-    add("--cores", type=int, default=2, help="threads (default: 2)")
+    add("--cores", type=count, default=2, help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/squad"), help="folder of the results")
     return options
 

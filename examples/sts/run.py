@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import List, NamedTuple, Optional, Tuple
 
 from deltasam_fairseq.data.files import DataError
+from deltasam_fairseq.options import ranged
 from deltasam_fairseq.sts.datasets import SETS, available, read_set
 from deltasam_fairseq.sts.embeddings import POOLINGS
 from examples.common.program import LOGGED, TO_FAIRSEQ, read_arguments
@@ -59,10 +60,10 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         epilog=TO_FAIRSEQ,
     )
-    add = options.add_argument
+    add, count = options.add_argument, ranged(int, at_least=1)
     add("--sts", type=Path, required=True, help="folder with STSBenchmark, SICK, STS12-en-test ...")
     add("--train", type=Path, help="sentences, one a line (default: those of STS-B's train side)")
-    add("--sentences", type=int, default=10000, help="drawn from --train (default: 10000)")
+    add("--sentences", type=count, default=10000, help="drawn from --train (default: 10000)")
     add("--drop-duplicates", action="store_true", help="keep each sentence of --train once")
     add("--checkpoint", type=Path, required=True, help="pretrained BERT or RoBERTa of fairseq")
     add("--arch", default="roberta_base", help="of --checkpoint (default: roberta_base)")
@@ -78,8 +79,8 @@ def parser() -> argparse.ArgumentParser:
     add("--sets", nargs="+", choices=SETS, metavar="SET", help="to measure (default: all of --sts)")
     add("--any-rows", action="store_true", help="of --sts: other rows than published")
     add("--seeds", nargs="+", type=int, default=[1, 2, 3, 4, 5], help="(default: 1 to 5)")
-    add("--batch-size", type=int, default=200, help="sentences of an update (default: 200)")
-    add("--cores", type=int, default=2, help="threads (default: 2)")
+    add("--batch-size", type=count, default=200, help="sentences of an update (default: 200)")
+    add("--cores", type=count, default=2, help="threads (default: 2)")
     add("--out", type=Path, default=Path("results/sts"), help="folder of the results")
     return options
 
@@ -161,7 +162,7 @@ def run_stages(args: argparse.Namespace, extra: List[str], data: Path) -> List[S
 def main() -> int:
     """Run what is missing, then print the table; return the exit code."""
     options = parser()
-    args, extra = read_arguments(options, check, ("sentences", "batch_size", "cores"))
+    args, extra = read_arguments(options, check)
     args.out = args.out.absolute()
     data = data_stage(args)
     runs = run_stages(args, extra, data.out)

@@ -64,7 +64,7 @@ def test_from_text_to_table(text, tmp_path):
     "options, expected",
     [
         (["--methods", "sgd"], ["--methods sgd", "delta_sam_adam"]),
-        (["--updates", "0"], ["--updates 0", "at least 1"]),
+        (["--updates", "0"], ["--updates: must be at least 1, got 0"]),
         (["--text", "/no/such.txt"], ["--text /no/such.txt", "no such file"]),
     ],
 )

@@ -427,11 +427,12 @@ class TestOwnTask:
         "more, expected",
         [
             ([], "--tasks MINE: not a task of GLUE; give its columns by --task-columns"),
-            (
-                ["--task-columns", "sentence", "label", "--label-noise", "1"],
-                "--label-noise 1: give",
-            ),
         ],
     )
     def test_wrong_options(self, tmp_path, more, expected):
         assert expected in self.args(tmp_path, *more)[1]
+
+    def test_a_share_of_all_labels(self, tmp_path, capsys):
+        with pytest.raises(SystemExit):
+            self.args(tmp_path, "--label-noise", "1")
+        assert "--label-noise: must be above 0 and below 1, got 1" in capsys.readouterr().err
