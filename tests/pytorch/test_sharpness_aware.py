@@ -473,6 +473,23 @@ def test_resumes_bit_for_bit(method):
     assert all(map(torch.equal, small.weights(other), small.weights(model)))
 
 
+def test_tram_theta_compares_with_the_weights_of_the_last_backward():
+    """Its radius is 0 in the first update, and where the optimizer has not stepped since."""
+    model = small.model(dropout=0.3)
+    optimizer, sam = (
+        torch.optim.SGD(model.parameters(), lr=1.0),
+        SharpnessAware(model, "tram_theta"),
+    )
+    radii = []
+    for steps in (True, False, True):
+        sam.backward(small.closures(model, outputs=True))
+        radii.append(sam.figures()["sam_rho"])
+        if steps:
+            optimizer.step()
+        optimizer.zero_grad()
+    assert radii[0] == radii[2] == 0 and radii[1] > 0
+
+
 @pytest.mark.parametrize("method", ["sam", "asam"])
 def test_two_steps_equal_one_backward(method):
     """first_step and second_step on one full batch without dropout."""

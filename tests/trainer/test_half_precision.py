@@ -298,6 +298,19 @@ def test_trains_like_float32(classification, tmp_path, optimizer, mode):
 
 
 @pytest.mark.parametrize("mode", ["amp"])
+def test_trust_region_under_amp(classification, tmp_path, mode):
+    """d of TRAM-theta in the second update, after a first one with a large learning rate."""
+    found = []
+    for words in (MODES[mode], []):
+        more = ["--optimizer", "sam_adam", "--sam-radius", "trust_region_theta", "--lr", "0.02"]
+        trainer = tiny.build_trainer(tiny.arguments(classification, tmp_path, *more, *words))
+        for sample in tiny.batches(trainer)[:2]:
+            trainer.train_step([sample])
+        found.append(float(sharpness_aware(trainer.optimizer).core.rho))
+    assert found[0] == pytest.approx(found[1], rel=0.1) and found[1] > 0.01
+
+
+@pytest.mark.parametrize("mode", ["amp"])
 def test_fairseq_divides_amps_gradients_by_the_scale_twice(classification, tmp_path, mode):
     """What docs/half_precision.md warns of: once it is false, the warning goes."""
     norms = {}
