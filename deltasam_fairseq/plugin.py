@@ -1,4 +1,4 @@
-"""What importing the package registers with fairseq, and what it replaces there."""
+"""Register this package's components with fairseq, and patch fairseq."""
 
 import sys
 from typing import Any, Dict, List

@@ -1,4 +1,4 @@
-"""Which checkpoints of a folder are averaged."""
+"""Choose the checkpoints of a folder to average."""
 
 import argparse
 import logging

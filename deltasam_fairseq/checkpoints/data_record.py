@@ -1,4 +1,4 @@
-"""What data a checkpoint was trained on.
+"""Record in a checkpoint what data it was trained on.
 
 What fits by its size need not be the same: two dictionaries of 52 words, classes ``neg pos`` and
 ``pos neg``, scores divided by 1 and by 5. A `DataRecord` says what the numbers mean that go into a

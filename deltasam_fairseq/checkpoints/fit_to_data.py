@@ -1,4 +1,4 @@
-"""Is this the data that a checkpoint was trained on? If not: map what can be mapped, or refuse.
+"""Compare the data of a checkpoint with that of a run: map what can be mapped, or refuse.
 
     state = checkpoint_utils.load_checkpoint_to_cpu(path)
     fit_to_data(state, DataRecord.of_folder(data), f"--path {path}")

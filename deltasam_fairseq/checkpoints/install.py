@@ -1,4 +1,4 @@
-"""Where the readers and :func:`literal_eval` go into fairseq."""
+"""Install the readers and :func:`literal_eval` in fairseq."""
 
 import contextlib
 import re

@@ -1,4 +1,4 @@
-"""What both directions of convert share: names, families of models, files."""
+"""Names, families of models and files for both directions of convert."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What moves the weights and orders an ascent, for fairseq's trainer and a plain PyTorch loop."""
+"""Move the weights and order an ascent, for fairseq's trainer and a plain PyTorch loop."""
 
 from deltasam_fairseq.core.ascent import Ascent, AscentFigures
 from deltasam_fairseq.core.fisher import FisherMask

@@ -1,4 +1,4 @@
-"""What a method of the family changes in an update: the parts of SAM, one base class each.
+"""The parts of SAM that a method changes in an update, one base class each.
 
     SAM      eps* = rho grad(sum_j l_j) / ||...||,    step along grad(sum_j l_j)(w + eps*)
 

@@ -1,4 +1,4 @@
-"""What an ascent asks of a training loop: forwards and backwards over its micro-batches."""
+"""Interface to a training loop: forwards and backwards over its micro-batches."""
 
 import contextlib
 from typing import Any, ContextManager, Generic, Optional, TypeVar, Union

@@ -1,4 +1,4 @@
-"""What a task makes of a model's outputs: the loss of a sentence, and how far two outputs differ.
+"""Compute the loss of a sentence and how far two outputs differ, for each kind of task.
 
 A regulariser is written once, in these terms, and works for every kind of task. The *scores* that
 the functions take are what is computed once from a model's output: log-probabilities, or the

@@ -1,1 +1,1 @@
-"""What all programs that prepare data share: encoding, files, options."""
+"""Encoding, files and options of all programs that prepare data."""

@@ -1,4 +1,4 @@
-"""What the programs that prepare data or predict share: running them, loading checkpoints."""
+"""Run the programs that prepare data or predict; load checkpoints for them."""
 
 from __future__ import annotations
 

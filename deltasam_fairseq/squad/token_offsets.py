@@ -1,4 +1,4 @@
-"""Where the tokens of a BPE stand in the text that they were made of, in characters."""
+"""Offsets of a BPE's tokens in the text that they were made of, in characters."""
 
 from __future__ import annotations
 

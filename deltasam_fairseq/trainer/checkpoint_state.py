@@ -1,4 +1,4 @@
-"""What a checkpoint holds beside fairseq's own, without which a resumed run would differ."""
+"""Save and load what a checkpoint needs beside fairseq's own for a resumed run to be the same."""
 
 import contextlib
 import logging

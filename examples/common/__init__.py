@@ -1,1 +1,1 @@
-"""What the example programs share: running stages, reading logs, data made here."""
+"""Run stages, read logs and make data, for all example programs."""

@@ -1,4 +1,4 @@
-"""What the example programs share: reading the command line, and how a training logs and saves."""
+"""Read the command line of an example program; options to log and save a training."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What an update costs: ``python -m scripts.benchmark``."""
+"""Measure what an update costs: ``python -m scripts.benchmark``."""

@@ -13,7 +13,7 @@ passes; and SAM's own update with delta-SAM's forwards without graph added.  OUT
 benchmark.json and benchmark.md, rewritten after each comparison; ``--trace`` adds torch's profiler
 traces.
 
-Peers: a SAM of a dozen lines of torch; pytorch_optimizer's, if it is installed; davda54's, with
+Other SAMs: one of a dozen lines of torch; pytorch_optimizer's, if it is installed; davda54's, with
 ``--davda54 FILE``.
 """
 
@@ -32,8 +32,8 @@ from deltasam_fairseq.options import ranged
 from scripts.benchmark.measure import measure
 from scripts.benchmark.methods import (
     DAVDA54,
+    OTHER_SAMS,
     OURS,
-    PEERS,
     PRECISIONS,
     SHAPES,
     MethodUnavailable,
@@ -41,7 +41,7 @@ from scripts.benchmark.methods import (
 )
 from scripts.benchmark.report import add_figures, machine, write_report
 
-DEFAULT = ("Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *PEERS)
+DEFAULT = ("Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *OTHER_SAMS)
 
 
 def parser() -> argparse.ArgumentParser:
@@ -60,14 +60,14 @@ def parser() -> argparse.ArgumentParser:
     add("--precision", choices=list(PRECISIONS), nargs="+", default=["fp32"])
     add("--device", choices=("cpu", "cuda"), default="cuda" if gpu else "cpu")
     add("--threads", type=positive, help="of the processor (default: all cores)")
-    names = ", ".join(map(repr, (*OURS, *PEERS)))
+    names = ", ".join(map(repr, (*OURS, *OTHER_SAMS)))
     add(
         "--methods",
         nargs="+",
-        choices=(*OURS, *PEERS),
+        choices=(*OURS, *OTHER_SAMS),
         default=list(DEFAULT),
         metavar="METHOD",
-        help=f"of {names}; ratios are to the first (default: the first three, two forwards, peers)",
+        help=f"of {names}; ratios are to the first (default: 1 to 3, two forwards, the last 3)",
     )
     add("--processes", type=positive, nargs="+", default=[1], help="data-parallel processes")
     add("--rounds", type=positive, default=10, help="updates of each method (default: 10)")

@@ -1,4 +1,4 @@
-"""What cheaper ascents cost, and what is left of the ascent, side by side in one run.
+"""Measure what cheaper ascents cost, and what is left of the ascent, side by side in one run.
 
     python -m scripts.benchmark.ascent_quality RTE-bin --finetune-from-model model.pt \\
         --batch-size 32 --arch roberta_base --max-positions 512 --num-classes 2 --lr 1e-5

@@ -1,4 +1,4 @@
-"""What half precision leaves of delta-SAM's probe and of the ascent, measured on a checkpoint.
+"""Measure on a checkpoint what half precision leaves of delta-SAM's probe and of the ascent.
 
     python -m scripts.benchmark.half_precision DATA --path checkpoint.pt --out docs/half_precision
 

@@ -1,4 +1,4 @@
-"""What the benchmark compares: one update of each method on the same model and batches."""
+"""Build the methods to compare: one update of each on the same model and batches."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ OURS = {  # method -> options of fairseq-train
     "TRAM-theta": "--optimizer sam_adam --sam-radius trust_region_theta",
 }
 TORCH, DAVDA54, PYTORCH_OPTIMIZER = "SAM, torch loop", "SAM, davda54", "SAM, pytorch_optimizer"
-PEERS = (TORCH, DAVDA54, PYTORCH_OPTIMIZER)
+OTHER_SAMS = (TORCH, DAVDA54, PYTORCH_OPTIMIZER)
 RHO = 0.05
 
 
@@ -190,7 +190,7 @@ def with_clean_forward(trainer: Any) -> Update:
     return update
 
 
-def build_peer(
+def build_other_sam(
     name: str, setting: Setting, folder: Path, davda54: Optional[Path], model: Any
 ) -> Built:
     """Return a public SAM on the same model, with torch's AdamW.
@@ -198,9 +198,9 @@ def build_peer(
     As its README has it: two passes, no clipping, no log.
     """
     if setting.precision != "fp32":
-        raise MethodUnavailable("the peers have no half precision")
+        raise MethodUnavailable("other SAMs have no half precision")
     if setting.processes > 1:
-        raise MethodUnavailable("the peers are compared in one process")
+        raise MethodUnavailable("other SAMs are compared in one process")
     cls: Any = None
     if name != TORCH:
         cls = sam_from_file(davda54) if name == DAVDA54 else sam_from_pytorch_optimizer()
@@ -251,7 +251,7 @@ def sam_from_pytorch_optimizer() -> Any:
 
 
 class TorchLoop:
-    """SAM in a dozen lines of torch, with the interface that the peers share."""
+    """SAM in a dozen lines of torch, with the interface that other SAMs share."""
 
     def __init__(
         self, params: List[torch.nn.Parameter], base_optimizer: Any, rho: float, **adam: Any
@@ -288,8 +288,8 @@ def build(name: str, setting: Setting, davda54: Optional[Path] = None, model: An
         MethodUnavailable: it cannot run with this setting or installation.
     """
     with tempfile.TemporaryDirectory() as folder:
-        if name in PEERS:
-            return build_peer(name, setting, Path(folder) / "data", davda54, model)
+        if name in OTHER_SAMS:
+            return build_other_sam(name, setting, Path(folder) / "data", davda54, model)
         if "adam-step" in OURS[name] and setting.precision.startswith("memory-efficient"):
             raise MethodUnavailable("weights that are not float32 take the loop")
         if name == TWO_FORWARDS and setting.update_freq > 1:

@@ -1,4 +1,4 @@
-"""Is delta-SAM's step closer to that of per-instance perturbation than SAM's? Measured along a run.
+"""Compare SAM's and delta-SAM's steps with that of per-instance perturbation, along a run.
 
     python -m scripts.benchmark.per_instance MODEL TSV --out docs/results/per_instance_trec
 

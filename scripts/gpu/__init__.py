@@ -1,1 +1,1 @@
-"""What a GPU is asked first: ``scripts/gpu/first_run.sh``"""
+"""Check and measure on a GPU: ``scripts/gpu/first_run.sh``."""

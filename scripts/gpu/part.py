@@ -1,4 +1,4 @@
-"""The options that every part of the first run has."""
+"""Options of every part of the first run on a GPU."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def words_of(text):
 
 def test_report(tmp_path, run):
     """Every method is in the report; one that cannot run here is named with the reason."""
-    names = ["Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *methods.PEERS]
+    names = ["Adam", "SAM", "delta-SAM", "delta-SAM, two forwards", *methods.OTHER_SAMS]
     words = ["--methods", *names, "--rounds", "2", "--phase-rounds", "1", "--trace"]
     text = run(*words).out
     assert text.strip() == (tmp_path / "benchmark.md").read_text().strip()
@@ -88,7 +88,7 @@ def test_accumulation_and_half_precision(tmp_path, run):
 @pytest.mark.parametrize(
     "name, change, message",
     [
-        ("SAM, torch loop", {"precision": "bf16"}, "the peers have no half precision"),
+        ("SAM, torch loop", {"precision": "bf16"}, "other SAMs have no half precision"),
         ("SAM, torch loop", {"processes": 2}, "one process"),
         ("SAM, davda54", {}, "give --davda54 FILE"),
         ("Adam, fused", {"precision": "memory-efficient-bf16"}, "take the loop"),
@@ -262,7 +262,7 @@ def test_float16_on_a_cpu():
     assert built.trainer.get_num_updates() == 1
 
 
-def test_versions_of_the_peers(tmp_path):
+def test_versions_of_other_sams(tmp_path):
     """sha256 of nothing begins e3b0c44298fc."""
     (tmp_path / "sam.py").write_text("")
     words = ["--out", str(tmp_path), "--methods", "SAM", "SAM, davda54"]

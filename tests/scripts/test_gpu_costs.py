@@ -97,8 +97,8 @@ def test_a_part_that_fails_does_not_stop_the_next(tmp_path, monkeypatch, capsys)
     assert "no kernel image" in capsys.readouterr().err
 
 
-def test_bars_by_hand():
-    """SAM 2.1 of Adam, above its bar; delta-SAM 1.3 of SAM: above that of one forward, not two."""
+def test_bounds_by_hand():
+    """SAM 2.1 of Adam, above its bound; delta-SAM 1.3 of SAM, above that of one forward only."""
     seconds = {"Adam": 10.0, "SAM": 21.0, "delta-SAM": 27.3, "forward": 1.0}
     seconds.update({"forward without graph": 1.0, "forward and backward": 3.0})
     found = {name: {"wall": [s], "cpu": [s]} for name, s in seconds.items()}

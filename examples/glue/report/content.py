@@ -1,4 +1,4 @@
-"""What the GLUE report says: tables and sentences from its numbers, for report.md.jinja."""
+"""Make the GLUE report's tables and sentences of its numbers, for report.md.jinja."""
 
 from __future__ import annotations
 
