@@ -43,7 +43,7 @@ PYTHON = sys.executable
 OPTIMIZERS = ("adam", "sam", "delta_sam")
 # SAM's family, at the rho that was chosen for SAM
 AT_RHO = ("m_sharpness_4", "m_sharpness_1", "rw_sam", "functional_sam", "gsam", "fisher_sam")
-FAMILY = ("asam", "tram", *AT_RHO)
+FAMILY = ("asam", "tram", "tram_theta", *AT_RHO)
 HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.py chooses
     **dict.fromkeys(("adam", *FAMILY), ()),
     **dict.fromkeys(("sam", *AT_RHO), ("sam_rho",)),
