@@ -155,12 +155,9 @@ class Perturber:
         def write(out: List[Tensor]) -> None:
             if out[0].element_size() < 4:
                 u = self._direction(params, seed, update, drawn=other_side)
-                # ||u|| is sqrt(d) but for a share of 1 / sqrt(2 d).
-                norm = sum(v.numel() for v in out) ** 0.5
-                move_along_(out, values, u, (sign * radius / norm).float())
-            elif other_side:  # the buffers still are w + R u / ||u||
-                torch._foreach_neg_(out)
-                torch._foreach_add_(out, values, alpha=2)
+                _write_half_(out, values, u, sign * radius)
+            elif other_side:
+                _reflect_(out, values)
             else:
                 self._draw(out, seed, update)
                 move_along_(out, values, out, sign * radius / global_norm(out))
@@ -270,3 +267,17 @@ class Perturber:
         with torch.autograd.profiler.record_function("sam-restore"):
             self.weights.restore()
         self.ready_to_step = False
+
+
+def _write_half_(
+    out: List[Tensor], values: List[Tensor], u: Iterable[Tensor], step: Tensor
+) -> None:
+    """Write ``w + step u / ||u||``; ``||u||`` is sqrt(d) but for a share of 1 / sqrt(2 d)."""
+    norm = sum(v.numel() for v in out) ** 0.5
+    move_along_(out, values, u, (step / norm).float())
+
+
+def _reflect_(out: List[Tensor], values: List[Tensor]) -> None:
+    """Write w - d to the buffers, which are w + d."""
+    torch._foreach_neg_(out)
+    torch._foreach_add_(out, values, alpha=2)
