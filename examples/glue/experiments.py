@@ -37,8 +37,9 @@ from deltasam_fairseq.options import ranged
 from examples.common import warm
 from examples.common.runner import StageError, run_all, run_side_by_side
 from examples.common.stage import Stage, module, read_stamp
-from examples.glue import run as glue
+from examples.glue import options as glue_options
 from examples.glue import search
+from examples.glue import stages as glue
 from examples.glue.report.content import context, make
 from examples.glue.report.runs import read_runs
 
@@ -152,7 +153,7 @@ class Trainings:
         options = program.parse_args(list(map(str, words)))
         if self.small:
             options.epochs = 1
-        glue.absolute(options)
+        glue_options.absolute(options)
         return options
 
     def overrides(self, *splits: str) -> List[str]:
@@ -200,8 +201,8 @@ class Trainings:
         """GLUE's small tasks: the longest first, of a seed together."""
         tasks = ["RTE"] if self.small else list(SETTINGS)
         more = ["--glue-dir", self.glue_files(tasks), "--epochs", 3, "--batch-size", 32]
-        options = self.options(glue.parser(), self.folder, tasks, *more)
-        _complain(glue.check(options))
+        options = self.options(glue_options.parser(), self.folder, tasks, *more)
+        _complain(glue_options.check(options))
         self.run([[stage] for stage in glue.preparation(options)], options)
         methods = METHODS[::2] if self.small else METHODS
         jobs = [
@@ -218,8 +219,8 @@ class Trainings:
         options = self.options(search.parser(), self.folder / "search", ["MRPC"], *more)
         options.hold_out = HOLD_OUT
         chosen = self.search(options, self.overrides())
-        options = self.options(glue.parser(), self.folder, ["MRPC"], *more)
-        _complain(glue.check(options))
+        options = self.options(glue_options.parser(), self.folder, ["MRPC"], *more)
+        _complain(glue_options.check(options))
         run_all(glue.preparation(options), 1)
         jobs = [
             self.training(options, "MRPC", method, seed, chosen["MRPC"], self.overrides())
@@ -287,7 +288,7 @@ class Trainings:
         for name, values in self.grid.items():
             setattr(options, name, list(values))
         options.by = self.args.by
-        _complain(glue.check_common(options))
+        _complain(glue_options.check_common(options))
         search.search(options, overrides, self.gpus)
         record = json.loads((options.out / "chosen.json").read_text(encoding="utf-8"))
         self.done = {key: record[key] for key in ("chosen", "scores")}

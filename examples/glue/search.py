@@ -26,7 +26,8 @@ from typing import Any, Dict, List, Tuple
 from deltasam_fairseq.markdown import markdown_table
 from examples.common.runner import StageError, exit_code, run_all, run_side_by_side
 from examples.common.stage import split_words
-from examples.glue import run as glue
+from examples.glue import options as glue_options
+from examples.glue import stages as glue
 from examples.glue.report.runs import read_task
 
 RHO, BETA = "sam_rho", "delta_sam_beta"  # options of the optimizer
@@ -36,7 +37,7 @@ Scores = Dict[str, Dict[str, float]]  # task -> trial -> mean score
 
 def parser() -> argparse.ArgumentParser:
     """Return the options."""
-    options = glue.common_options("examples.glue.search", __doc__.splitlines()[0])
+    options = glue_options.common_options("examples.glue.search", __doc__.splitlines()[0])
     add = options.add_argument
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
     rhos = [0.01, 0.03, 0.1]  # docs/choosing_rho.md
@@ -64,7 +65,7 @@ def check(args: argparse.Namespace) -> str:
             return f"--{name} {' '.join(f'{v:g}' for v in values)}: give numbers above 0"
     if not 0 < args.hold_out < 1:
         return f"--hold-out {args.hold_out:g}: give a share above 0 and below 1, as 0.2"
-    return glue.check_common(args) or ""
+    return glue_options.check_common(args) or ""
 
 
 def trial_name(method: str, values: Dict[str, float]) -> str:
@@ -204,7 +205,7 @@ def main() -> int:
 
     import torch
 
-    glue.absolute(args)
+    glue_options.absolute(args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the runs are ended with this one
     gpus = torch.cuda.device_count()
     return exit_code(lambda: search(args, overrides, gpus), options.prog)

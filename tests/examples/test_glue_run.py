@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 
-from examples.glue import run as glue_run
+from examples.glue import options as glue_options
+from examples.glue import stages as glue_stages
 from tests.helpers import runs, tiny
 from tests.helpers.processes import run_module
 
@@ -356,7 +357,7 @@ class TestSearch:
 
 
 def test_the_gpus_are_those_that_the_user_left_visible(monkeypatch):
-    module, one = glue_run, types.SimpleNamespace(jobs=None)
+    module, one = glue_stages, types.SimpleNamespace(jobs=None)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,GPU-3a")
     assert [e["CUDA_VISIBLE_DEVICES"] for e in module.device_environments(one, 2)] == [
         "2",
@@ -368,7 +369,7 @@ def test_the_gpus_are_those_that_the_user_left_visible(monkeypatch):
 
 
 def test_every_method_of_every_task_has_its_files():
-    module = glue_run
+    module = glue_stages
     methods = [*module.OPTIMIZERS, *module.FAMILY, *module.REGULARISERS]
     methods += [f"{r}+{o}" for r in module.REGULARISERS for o in module.OPTIMIZERS]
     methods += [f"{m}+{a}" for m in methods for a in module.AVERAGES]
@@ -396,19 +397,19 @@ class TestOwnTask:
         (folder / "dict.txt").touch()
         words = ["--glue-dir", folder, "--tasks", "MINE", "--checkpoint", folder / "model.pt"]
         words += ["--backbone", "minilm", "--out", folder / "out", *more]
-        args = glue_run.parser().parse_args(list(map(str, words)))
-        return args, glue_run.check(args)
+        args = glue_options.parser().parse_args(list(map(str, words)))
+        return args, glue_options.check(args)
 
     def test_default_recipe_and_changes(self, tmp_path):
         """30 rows are 2 batches of 16, 20 updates in 10 epochs; warm-up is 6 % of them."""
         more = ["--task-columns", "sentence", "label", "--train-rows", 30, "--label-noise", "0.4"]
         args, wrong = self.args(tmp_path, *more, "--noise-seed", 7)
         assert wrong is None
-        (encode,) = glue_run.preparation(args)
+        (encode,) = glue_stages.preparation(args)
         given = " ".join(encode.command)
         assert "--columns sentence label" in given and "--bpe gpt2" in given
         assert "--noise-seed 7 --train-rows 30 --label-noise 0.4" in given
-        command = glue_run.training(args, "MINE", "sam", [], 1, 0).command
+        command = glue_stages.training(args, "MINE", "sam", [], 1, 0).command
         for word in (
             *("+recipe=minilm/default", "task.num_classes=3", "optimization.max_update=20"),
             *("lr_scheduler.total_num_update=20", "lr_scheduler.warmup_updates=1"),
@@ -419,7 +420,7 @@ class TestOwnTask:
         (tmp_path / "vocab.txt").touch()
         args, wrong = self.args(tmp_path, "--task-columns", "1", "2")
         assert wrong is None
-        (encode,) = glue_run.preparation(args)
+        (encode,) = glue_stages.preparation(args)
         found = f"--bpe wordpiece --wordpiece-vocab {tmp_path / 'vocab.txt'}"
         assert found in " ".join(encode.command)
 
