@@ -88,14 +88,14 @@ def ranking(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def taught_classification(classification):
+def classification_and_teacher(classification):
     """The same data, with a teacher beside it."""
     tiny.write_teacher(classification, "sentence_prediction")
     return classification
 
 
 @pytest.fixture(scope="session")
-def taught_translation(translation):
+def translation_and_teacher(translation):
     """The same data, with a teacher beside it."""
     tiny.write_teacher(translation, "label_smoothed_cross_entropy")
     return translation
@@ -113,15 +113,15 @@ def sentence_embedding(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def data_of(
-    taught_classification,
+    classification_and_teacher,
     language_modelling,
-    taught_translation,
+    translation_and_teacher,
     ranking,
     span_prediction,
     sentence_embedding,
 ):
     """Data directory of each criterion."""
-    classification, translation = taught_classification, taught_translation
+    classification, translation = classification_and_teacher, translation_and_teacher
     return {
         **dict.fromkeys(tiny.SENTENCE_CRITERIONS, classification),
         "sentence_ranking": ranking,

@@ -158,7 +158,7 @@ RESUMED = {
 
 @pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
 @pytest.mark.parametrize("name", RESUMED)
-def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
+def test_stopped_and_resumed(classification_and_teacher, tmp_path, name, optimizer):
     """R4F: fairseq alone cannot load a spectrally normalised head. SMART: the averaged weights
     are those of the run that never stopped, in bfloat16 kept in float32."""
     criterion = name.split(",")[0]
@@ -171,7 +171,7 @@ def test_stopped_and_resumed(taught_classification, tmp_path, name, optimizer):
         more = [*options, "--max-update", updates]
         if criterion == "smart":
             more += ["--smart-switch", "4"]
-        return runs.train(taught_classification, tmp_path / folder, *more, criterion=criterion)
+        return runs.train(classification_and_teacher, tmp_path / folder, *more, criterion=criterion)
 
     whole = train("whole", "7")
     train("parts", "3")
@@ -195,11 +195,11 @@ def test_resumed_after_a_validation(classification, tmp_path, criterion):
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "delta_sam_adam"])
-def test_distilling_nothing_is_the_plain_criterion(taught_classification, tmp_path, optimizer):
+def test_distilling_nothing_is_the_plain_criterion(classification_and_teacher, tmp_path, optimizer):
     """A whole run, bit for bit, and without reading the teacher; with a share it goes elsewhere."""
     ends = [
         runs.train(
-            *(taught_classification, tmp_path / f"{name}{i}", "--optimizer", optimizer, *more),
+            *(classification_and_teacher, tmp_path / f"{name}{i}", "--optimizer", optimizer, *more),
             criterion=name,
         )
         for i, (name, more) in enumerate(
@@ -214,7 +214,7 @@ def test_distilling_nothing_is_the_plain_criterion(taught_classification, tmp_pa
     assert not runs.same_weights(ends[0], ends[2])
 
 
-def test_smart_average_is_left_out_with_the_optimizer_state(classification, tmp_path):
+def test_smart_average_is_dropped_with_the_optimizer_state(classification, tmp_path):
     more = ["--no-save-optimizer-state", "--max-update", "1"]
     run = runs.train(classification, tmp_path, *more, criterion="smart")
     assert CRITERION not in run.checkpoint["extra_state"]
@@ -247,7 +247,7 @@ HALF = [
 
 @pytest.mark.parametrize("mode", HALF, ids=lambda mode: mode[0])
 @pytest.mark.parametrize("criterion", ["r3f", "r_drop", "freelb", "smart", "vat", "distill"])
-def test_half_precision_is_near_float32(taught_classification, tmp_path, criterion, mode):
+def test_half_precision_is_near_float32(classification_and_teacher, tmp_path, criterion, mode):
     """The loss of the first update, and the adversary's part in it, with perturbations that half
     precision resolves."""
     large = {
@@ -257,7 +257,7 @@ def test_half_precision_is_near_float32(taught_classification, tmp_path, criteri
     }
     logs = []
     for options in (mode, []):
-        argv = tiny.arguments(taught_classification, tmp_path, *options, criterion=criterion)
+        argv = tiny.arguments(classification_and_teacher, tmp_path, *options, criterion=criterion)
         argv += ["--dropout", "0", "--attention-dropout", "0", "--optimizer", "delta_sam_adam"]
         trainer = tiny.build_trainer([*argv, *large.get(criterion, [])])
         log = trainer.train_step(tiny.batches(trainer)[:1])

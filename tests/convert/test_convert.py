@@ -410,7 +410,7 @@ def test_checkpoints_of_fairseq_0_12_2_are_exported(tmp_path):
     assert one == two
 
 
-def test_untied_mlm_head_is_left_out(tmp_path):
+def test_untied_mlm_head_is_dropped(tmp_path):
     hf, folder = folder_of(tmp_path, "bert", "ForMaskedLM", tie_word_embeddings=False)
     assert "MLM head fresh" in to_fairseq(folder, tmp_path / "out")[0]
 

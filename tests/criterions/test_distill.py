@@ -317,11 +317,11 @@ class TestTokens:
         model.train()
         return trainer, model, criterion, tiny.batches(trainer)[0]
 
-    def test_by_hand(self, taught_translation, tmp_path):
+    def test_by_hand(self, translation_and_teacher, tmp_path):
         more = "--distill-lambda 0.4 --distill-temperature 2 --label-smoothing 0.1".split()
-        _, model, criterion, sample = self.build(taught_translation, tmp_path, *more)
+        _, model, criterion, sample = self.build(translation_and_teacher, tmp_path, *more)
         found = per_sentence_losses(criterion, model, sample)
-        teacher = loaded(taught_translation / tiny.TEACHER)
+        teacher = loaded(translation_and_teacher / tiny.TEACHER)
         with torch.no_grad():
             teacher_scores = teacher(**sample["net_input"])[0]
             logits = model(**sample["net_input"])[0]
@@ -343,18 +343,20 @@ class TestTokens:
         assert (log["distill_teacher_accuracy"], log["distill_agreement"]) == (right, same)
 
     @pytest.mark.parametrize("more", ["", "--sentence-avg"])
-    def test_shares_are_of_tokens(self, taught_translation, tmp_path, more):
-        trainer, model, criterion, sample = self.build(taught_translation, tmp_path, *more.split())
+    def test_shares_are_of_tokens(self, translation_and_teacher, tmp_path, more):
+        trainer, model, criterion, sample = self.build(
+            translation_and_teacher, tmp_path, *more.split()
+        )
         _, _, log = criterion(model, sample)
         share = 100 * float(log["distill_agreement"]) / sample["ntokens"]
         logged = trainer.train_step([sample])
         assert logged["distill_agreement"] == pytest.approx(share, abs=0.05)
 
-    def test_one_micro_batch_is_kept(self, taught_translation, tmp_path):
+    def test_one_micro_batch_is_kept(self, translation_and_teacher, tmp_path):
         """Scores of all words are large: with one micro-batch the forwards of an update share
         them, with several each computes them again."""
         more = ["--optimizer", "sam_adam"]
-        trainer, _, criterion, _ = self.build(taught_translation, tmp_path, *more)
+        trainer, _, criterion, _ = self.build(translation_and_teacher, tmp_path, *more)
         seen = []
         criterion.regulariser.teacher.model.register_forward_hook(lambda *_: seen.append(1))
         samples = tiny.batches(trainer)

@@ -246,7 +246,9 @@ class TestEquations:
         ("distill", "--distill-lambda 0"),
     ],
 )
-def test_reduces_to_the_plain_criterion(taught_classification, tmp_path, name, off, regression):
+def test_reduces_to_the_plain_criterion(
+    classification_and_teacher, tmp_path, name, off, regression
+):
     """In value and gradient; with dropout where one forward is all that is computed."""
     results = []
     one_forward = off in (
@@ -255,7 +257,7 @@ def test_reduces_to_the_plain_criterion(taught_classification, tmp_path, name, o
     )
     for criterion_name, more in ((name, off.split()), ("sentence_prediction", [])):
         _, model, criterion, sample = build(
-            taught_classification,
+            classification_and_teacher,
             tmp_path,
             criterion_name,
             *more,

@@ -78,12 +78,17 @@ class TestObjective:
 )
 class TestCriterions:
     @pytest.mark.parametrize("more", ["", "--sentence-avg", "--ignore-prefix-size 2"])
-    def test_reduces_to_label_smoothed(self, taught_translation, tmp_path, name, off, more):
+    def test_reduces_to_label_smoothed(self, translation_and_teacher, tmp_path, name, off, more):
         more = [*more.split(), "--label-smoothing", "0.1", "--report-accuracy"]
         results = []
         for criterion_name, options in ((name, [off, "0"]), ("label_smoothed_cross_entropy", [])):
             model, criterion, sample = build(
-                taught_translation, tmp_path, criterion_name, *more, *options, dtype=torch.float32
+                translation_and_teacher,
+                tmp_path,
+                criterion_name,
+                *more,
+                *options,
+                dtype=torch.float32,
             )
             torch.manual_seed(1)
             loss, sample_size, log = criterion(model, sample)
@@ -93,10 +98,10 @@ class TestCriterions:
             results.append((loss.float(), float(sample_size), log, gradients))
         torch.testing.assert_close(results[0], results[1])
 
-    def test_normalised_as_the_task_loss(self, taught_translation, tmp_path, name, off):
+    def test_normalised_as_the_task_loss(self, translation_and_teacher, tmp_path, name, off):
         """Twice the batch has twice the loss, the divergence and the sample size: what is divided
         by the sample size is a mean over tokens, also of the regulariser."""
-        model, criterion, sample = build(taught_translation, tmp_path, name, *NO_DROPOUT)
+        model, criterion, sample = build(translation_and_teacher, tmp_path, name, *NO_DROPOUT)
         twice = copy.deepcopy(sample)
         for part in (twice, twice["net_input"]):
             for key, value in part.items():
@@ -112,15 +117,15 @@ class TestCriterions:
         one, two = same_noise_results
         assert two == pytest.approx({k: 2 * v for k, v in one.items()})
 
-    def test_sample_is_not_changed(self, taught_translation, tmp_path, name, off):
+    def test_sample_is_not_changed(self, translation_and_teacher, tmp_path, name, off):
         """fairseq's own label_smoothed_cross_entropy_with_rdrop doubles it in place."""
-        model, criterion, sample = build(taught_translation, tmp_path, name)
+        model, criterion, sample = build(translation_and_teacher, tmp_path, name)
         before = copy.deepcopy(sample)
         criterion(model, sample)
         torch.testing.assert_close(sample, before, rtol=0, atol=0)
 
-    def test_adaptive_softmax_is_refused(self, taught_translation, tmp_path, name, off):
-        model, criterion, sample = build(taught_translation, tmp_path, name)
+    def test_adaptive_softmax_is_refused(self, translation_and_teacher, tmp_path, name, off):
+        model, criterion, sample = build(translation_and_teacher, tmp_path, name)
         model.decoder.adaptive_softmax = object()
         with pytest.raises(ValueError, match="--adaptive-softmax-cutoff"):
             criterion(model, sample)

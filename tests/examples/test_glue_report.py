@@ -374,7 +374,7 @@ def test_lines_with_a_prefix_and_lines_cut_off(tmp_path):
 
 
 @needs_matplotlib
-def test_seeds_of_different_settings_are_told(tmp_path):
+def test_seeds_of_different_settings_are_named(tmp_path):
     """A run of another length among those of a method, left from an earlier command."""
 
     def report():

@@ -180,7 +180,7 @@ def test_columns(name, tmp_path):
         assert table.ids == (("7", "7") if ids else ("0", "1"))
 
 
-def test_broken_rows_of_qqp_are_left_out(tmp_path, gpt2, capsys):
+def test_broken_rows_of_qqp_are_dropped(tmp_path, gpt2, capsys):
     header = LAYOUTS["QQP"][0].split()
     good = ("1", "2", "3", "a?", "b?", "1")
     for file in ("train", "dev"):

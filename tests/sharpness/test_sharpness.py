@@ -387,7 +387,7 @@ def test_token_level_criterions(criterion, data_of, tmp_path, capsys):
     capsys.readouterr()
 
 
-def test_criterion_without_per_sentence_losses_is_told(
+def test_criterion_without_per_sentence_losses_is_named(
     classification, checkpoint, capsys, monkeypatch
 ):
     monkeypatch.setattr(

@@ -406,7 +406,7 @@ def test_official_files_are_counted(tmp_path):
     assert len(read_squad(path, any_rows=True).questions) == 1
 
 
-def test_misplaced_answers_are_left_out_when_asked_to(tmp_path):
+def test_misplaced_answers_are_dropped_when_asked_to(tmp_path):
     wrong = {"answers": [{"text": "tea", "answer_start": 1}]}
     path = write(tmp_path / "x.json", squad(wrong, gold("tea")))
     found = read_squad(path, any_rows=True)
