@@ -23,6 +23,7 @@ import sys
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
+from deltasam_fairseq.data.files import atomic_write
 from deltasam_fairseq.markdown import markdown_table
 from examples.common.runner import StageError, exit_code, run_all, run_side_by_side
 from examples.common.stage import split_words
@@ -176,9 +177,7 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
         "scores": {**before["scores"], **scores},
         **facts,
     }
-    partial = path.with_suffix(".partial")
-    partial.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial.rename(path)
+    atomic_write(path, json.dumps(record, indent=1) + "\n")
     for task, values in chosen.items():
         print(markdown_table([task, "held-out"], [[k, f"{v:g}"] for k, v in scores[task].items()]))
         print(f"{task}: " + ", ".join(f"{option} {value:g}" for option, value in values.items()))
