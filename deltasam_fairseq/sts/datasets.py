@@ -138,6 +138,17 @@ def _checked(pairs: List[Pair], count: int, place: str, any_rows: bool) -> List[
             f"{place}: {len(pairs)} scored pairs, published are {count}; get the file again, or "
             "give --any-rows to take what is there"
         )
-    if len(pairs) < 2:
-        raise DataError(f"{place}: {len(pairs)} scored pairs; a correlation needs two")
+    require_two_scores(pairs, place)
     return pairs
+
+
+def require_two_scores(pairs: List[Pair], place: str) -> None:
+    """Check that scores differ.
+
+    Raises:
+        DataError: they do not, or there are less than two.
+    """
+    if len({score for score, _, _ in pairs}) < 2:
+        what = f"{len(pairs)} scored pair(s)"
+        what = f"all scores are {pairs[0][0]:g}" if len(pairs) > 1 else what
+        raise DataError(f"{place}: {what}; a correlation needs two different scores")

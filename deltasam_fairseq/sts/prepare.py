@@ -24,7 +24,7 @@ from deltasam_fairseq.data.files import DataError, atomic_write
 from deltasam_fairseq.data.programs import run_program
 from deltasam_fairseq.data.splits import RECORD, entries_of
 from deltasam_fairseq.options import ranged
-from deltasam_fairseq.sts.datasets import read_sts_b
+from deltasam_fairseq.sts.datasets import read_sts_b, require_two_scores
 from deltasam_fairseq.sts.folder import TASK, Pair, lines_of, score_of
 
 
@@ -69,9 +69,7 @@ def read_valid(args: argparse.Namespace) -> List[Pair]:
         if len(fields) != 3 or not all(field.strip() for field in fields):
             raise DataError(f"{place}: not score, sentence, sentence with tabs between")
         pairs.append((score_of(fields[0], place), fields[1].strip(), fields[2].strip()))
-    if len({score for score, _, _ in pairs}) < 2:
-        what = "one pair" if len(pairs) < 2 else f"all scores are {pairs[0][0]:g}"
-        raise DataError(f"--valid {args.valid}: {what}; a correlation needs two different scores")
+    require_two_scores(pairs, f"--valid {args.valid}")
     return pairs
 
 

@@ -30,7 +30,7 @@ PRELOAD = (
 # nor NVML how many there are; and no thread of numpy's runs.
 SERVER = {"CUDA_VISIBLE_DEVICES": "", "PYTORCH_NVML_BASED_CUDA_CHECK": "1", "OMP_NUM_THREADS": "1"}
 # by -c, which looks for modules in the current folder: that of each program, as -m does
-SERVE = "from examples.common import warm; warm.main()"
+SERVE = f"import runpy; runpy.run_path({__file__!r})['main']()"
 WORD = 8  # bytes of a number in a pipe
 enabled = True  # False: every program imports for itself
 _server: Optional[socket.socket] = None
@@ -46,7 +46,7 @@ class Fork:
         self.pid = int.from_bytes(self._status.read(WORD), "little")
         self.returncode: Optional[int] = None
         if not self.pid:
-            raise RuntimeError(f"the server of processes has ended; see python -c '{SERVE}'")
+            raise RuntimeError(f'the server of processes has ended; see python -c "{SERVE}"')
 
     def wait(self, timeout: Optional[float] = None) -> int:
         """Return the exit code, negative after a signal.

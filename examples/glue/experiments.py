@@ -57,7 +57,6 @@ GRID = {
 }
 SEEDS = (1, 2, 3, 4, 5)
 HOLD_OUT = 0.2
-OF_TEXT = ("only", "rows", "methods", "seeds")  # options
 ENDING = 8  # seconds to end the runs and to write in
 FIGURES = ("accuracy", "mcc", "f1", "acc_and_f1", "pearson", "spearman", "pearson_and_spearman")
 
@@ -85,6 +84,11 @@ GROUPS: Dict[str, List[List[Setting]]] = {
         ]
     ],
 }
+# options, and the experiments that have a use for them
+OF_EXPERIMENTS = {
+    **dict.fromkeys(("only", "rows", "methods", "seeds"), tuple(GROUPS)),
+    **dict.fromkeys(("lr", "rho", "beta", "by"), (*GROUPS, "mrpc")),
+}
 
 
 class TimeUp(Exception):
@@ -111,7 +115,7 @@ def parser() -> argparse.ArgumentParser:
     add("--lr", nargs="+", type=float, help="to choose from (default: 3e-5 1e-4 3e-4)")
     add("--rho", nargs="+", type=float, help="to choose from (default: 0.001 to 0.3)")
     add("--beta", nargs="+", type=float, help="to choose from (default: 3 10 30)")
-    add("--by", choices=("best", "last"), default="best", help="epoch that chooses (default: best)")
+    add("--by", choices=("best", "last"), help="epoch that chooses (default: best)")
     add("--methods", nargs="+", help="of text tasks, as adam sam delta_sam (default: all)")
     add("--seeds", nargs="+", type=int, help="of text tasks (default: 1 2 3 4 5)")
     add("--data", type=Path, help="folder with TREC/ and SST-2/, TSV files (default: KIT/text)")
@@ -249,7 +253,7 @@ class Trainings:
                 )
                 for setting in group
                 for methods in self.methods(setting)
-                for seed in (self.args.seeds or SEEDS)[: 1 if self.small else None]
+                for seed in self.args.seeds[: 1 if self.small else None]
                 for method in methods
             ]
             self.run([[job] for job in jobs], options)
@@ -287,8 +291,8 @@ class Trainings:
         """Choose lr, rho and beta on the held-out part; return them by task."""
         for name, values in self.grid.items():
             setattr(options, name, list(values))
-        options.by = self.args.by
-        _complain(glue_options.check_common(options))
+        options.by = self.args.by or "best"
+        _complain(search.check_values(options) or glue_options.check_common(options))
         search.search(options, overrides, self.gpus)
         record = json.loads((options.out / "chosen.json").read_text(encoding="utf-8"))
         self.done = {key: record[key] for key in ("chosen", "scores")}
@@ -427,9 +431,18 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     options = parser()
     args = options.parse_args(argv)
     args.data = args.data or args.kit / "text"
-    for name in OF_TEXT if args.experiment not in GROUPS else ():
-        if getattr(args, name):
-            options.error(f"--{name}: not of {args.experiment}, only of {' and '.join(GROUPS)}")
+    for name, experiments in OF_EXPERIMENTS.items():
+        if getattr(args, name) and args.experiment not in experiments:
+            options.error(f"--{name}: not of {args.experiment}, only of {', '.join(experiments)}")
+    args.seeds = list(dict.fromkeys(args.seeds or SEEDS))
+    args.methods = list(dict.fromkeys(args.methods or ()))
+    for name in args.methods:
+        try:
+            glue.method_overrides(name.replace("_2x", ""), "TREC")
+        except ValueError as error:
+            options.error(str(error))
+        if "distill" in name:
+            options.error(f"--methods {name}: has no teacher here; use examples.glue.run")
     known = [one.name for group in GROUPS.get(args.experiment, ()) for one in group]
     for name in args.only or ():
         if name not in known:

@@ -10,8 +10,8 @@ command skips what is done and goes on with what was cut.  ``--list`` shows the 
 makes the N-th alone, as slurm.sbatch does.
 
 Your own task: any folder with train.tsv and dev.tsv beside GLUE's, its columns by --task-columns.
-A task without a recipe takes the backbone's default one, --epochs of it.  For experiments,
---train-rows and --label-noise make the training data smaller and wrong in part.
+A task without a recipe takes the default one of its backbone, or of --recipe, --epochs of it.  For
+experiments, --train-rows and --label-noise make the training data smaller and wrong in part.
 
     python -m examples.glue.run --glue-dir DATA --tasks TREC --task-columns sentence label \\
         --train-rows 1000 --label-noise 0.4 --checkpoint minilm/model.pt --backbone minilm ...

@@ -59,14 +59,22 @@ def check(args: argparse.Namespace) -> str:
     """Return an error in the arguments, with its remedy, or an empty string; set defaults."""
     if args.glue_dir is None:
         return "give --glue-dir, GLUE's TSV files: the rows to hold out are taken from train.tsv"
+    wrong = check_values(args)
+    if wrong:
+        return wrong
+    if not 0 < args.hold_out < 1:
+        return f"--hold-out {args.hold_out:g}: give a share above 0 and below 1, as 0.2"
+    return glue_options.check_common(args) or ""
+
+
+def check_values(args: argparse.Namespace) -> str:
+    """Return an error in the values to try, or an empty string; of equal ones keep the first."""
     for name in ("lr", "rho", "beta"):
         values = list(dict.fromkeys(getattr(args, name)))
         setattr(args, name, values)
         if not all(0 < value < float("inf") for value in values):
             return f"--{name} {' '.join(f'{v:g}' for v in values)}: give numbers above 0"
-    if not 0 < args.hold_out < 1:
-        return f"--hold-out {args.hold_out:g}: give a share above 0 and below 1, as 0.2"
-    return glue_options.check_common(args) or ""
+    return ""
 
 
 def trial_name(method: str, values: Dict[str, float]) -> str:

@@ -20,6 +20,7 @@ PYTHON = sys.executable
 OPTIMIZERS = ("adam", "sam", "delta_sam")
 # SAM's family, at the rho that was chosen for SAM
 AT_RHO = ("m_sharpness_4", "m_sharpness_1", "rw_sam", "functional_sam", "gsam", "fisher_sam")
+OF_OUTPUTS = ("functional_sam", "tram", "tram_theta")
 FAMILY = ("asam", "tram", "tram_theta", *AT_RHO)
 HYPERPARAMETERS: Dict[str, Sequence[str]] = {  # of each optimizer, that search.py chooses
     **dict.fromkeys(("adam", *FAMILY), ()),
@@ -67,6 +68,11 @@ def method_overrides(
     if max(map(len, (optimizers, regularisers, averages))) > 1:
         raise ValueError(f"--methods {method}: at most one optimizer, one regulariser, one average")
     optimizer = optimizers[0] if optimizers else "adam"
+    if optimizer in OF_OUTPUTS and regularisers not in ([], ["distill"]):
+        raise ValueError(
+            f"--methods {method}: {optimizer} takes losses of one output alone, {regularisers[0]} "
+            "has more; drop one"
+        )
     overrides = [f"+method={optimizer}"]
     overrides += [f"optimization.lr=[{chosen[LR]:g}]"] if chosen and LR in chosen else []
     overrides += [f"optimizer.{o}={chosen[o]:g}" for o in HYPERPARAMETERS[optimizer] if chosen]

@@ -41,8 +41,11 @@ def test_wrong_labels(kit, tmp_path):
 @pytest.mark.parametrize(
     "more, expected",
     [
-        (["--seeds", "1"], "--seeds: not of glue, only of wrong-labels and few-labels"),
+        (["--seeds", "1"], "--seeds: not of glue, only of wrong-labels, few-labels"),
         (["--experiment", "few-labels", "--only", "RTE"], "--only RTE: not of few-labels"),
+        (["--rho", "0.1"], "--rho: not of glue, only of wrong-labels, few-labels, mrpc"),
+        (["--experiment", "few-labels", "--methods", "sma"], "--methods sma: 'sma' is not known"),
+        (["--experiment", "few-labels", "--methods", "distill"], "no teacher here"),
         (["--jobs", "0"], "--jobs: must be at least 1, got 0"),
     ],
 )

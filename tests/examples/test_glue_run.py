@@ -219,6 +219,7 @@ class TestRunner:
         "options, expected",
         [
             (["--methods", "sgd"], ["--methods sgd", "delta_sam"]),
+            (["--methods", "r3f+tram"], ["--methods r3f+tram", "drop one"]),
             (["--methods", "adam+sam"], ["--methods adam+sam", "at most one"]),
             (["--checkpoint", "/no/such.pt"], ["--checkpoint /no/such.pt", "no such file"]),
             (["--recipe", "bert_huge"], ["--recipe bert_huge", "roberta_large"]),

@@ -19,7 +19,7 @@ def files(tmp_path):
     for name in ("sts/STSBenchmark/sts-dev.csv", "model.pt", "dict.txt", "sentences.txt"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x\n")
-    rows = "".join(f"g\tf\ty\t{i}\t2.5\ta\tb\n" for i in range(3))
+    rows = "".join(f"g\tf\ty\t{i}\t2.{i}\ta\tb\n" for i in range(3))
     (tmp_path / "sts" / "STSBenchmark" / "sts-test.csv").write_text(rows)
     return tmp_path
 

@@ -80,7 +80,7 @@ class TestPrepare:
         "content, message",
         [
             ("", "is empty"),
-            ("1\ta\tb\n", "one pair; a correlation needs two"),
+            ("1\ta\tb\n", "1 scored pair(s); a correlation needs two"),
             ("1\ta\tb\n" * 3, "all scores are 1; a correlation needs two different scores"),
             ("1\tzz\tyy\n2\tzz\tyy\n", "4 of 4 tokens are not in --dict"),
             ("1\ta\tb\nx\ta\tb\n", "line 2: the score 'x' is not a number"),
@@ -93,6 +93,11 @@ class TestPrepare:
         (files / "pairs").write_text(content)
         assert prepared(files, "--valid", files / "pairs") == 2
         assert message in capsys.readouterr().err
+
+    def test_equal_scores_in_sts_bs_layout(self, files, capsys):
+        (files / "pairs").write_text("g\tf\ty\ti\t2.5\ta\tb\n" * 3)
+        assert prepared(files, "--valid", files / "pairs", "--any-rows") == 2
+        assert "all scores are 2.5; a correlation needs two" in capsys.readouterr().err
 
     def test_too_few_sentences(self, files, capsys):
         assert prepared(files, "--sentences", 99) == 2
