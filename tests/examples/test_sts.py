@@ -78,7 +78,7 @@ def test_sets_are_read_before_any_stage(files):
     stages = [run.data_stage(args), *run.run_stages(args, [], files / "data")]
     reading = [stage for stage in stages if not stage.title.startswith("train")]
     assert len(reading) == 21 and all("--any-rows" in stage.command for stage in reading)
-    path.write_text(path.read_text().replace("2.5", "x"))
+    path.write_text(path.read_text().replace("2.0", "x"))
     assert "line 1: the score 'x' is not a number" in arguments(files, "--any-rows")[1]
     path.unlink()
     assert f"{path}: no such file" in arguments(files, "--any-rows")[1]
