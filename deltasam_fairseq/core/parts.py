@@ -107,11 +107,18 @@ class Radius:
         """
         return self.rho
 
-    def before_step(self, params: Sequence[Parameter]) -> None:
+    def before_step(self, params: Dict[Parameter, str]) -> None:
         """Take note of w, which the optimizer steps from next; not where it skips the step.
 
         Args:
-            params: all weights that train.
+            params: all weights that train, and their names.
+        """
+
+    def before_backward(self, params: Dict[Parameter, str]) -> None:
+        """Take note of w in a loop that sees no steps: there was one since if w is another.
+
+        Args:
+            params: as of `before_step`.
         """
 
     def state_dict(self) -> Dict[str, Any]:

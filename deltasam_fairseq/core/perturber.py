@@ -41,7 +41,8 @@ class Perturber:
 
     Attributes:
         rho: radius of the perturbation in force, L2 norm in weight space.
-        trained: all weights that train, perturbed or not; the training loop's to set.
+        trained: all weights that train, perturbed or not, and their names; the training loop's to
+            set.
         ready_to_step: whether an `ascend` or `skip_ascent` came after the last `restore`.
         half_dtype: precision of the weights in the forward if below float32, else None.
     """
@@ -53,7 +54,7 @@ class Perturber:
         probe_radius: Optional[float] = None,
     ) -> None:
         self.parts = parts
-        self.trained: Sequence[Parameter] = ()
+        self.trained: Dict[Parameter, str] = {}
         self.rho: Union[float, Tensor] = parts.radius.rho
         self.eta = eta
         self.probe_radius = probe_radius

@@ -1,6 +1,6 @@
 """TRAM's radius: how far noise on the inputs, or the last update, moves the outputs."""
 
-from typing import Any, Dict, List, Sequence
+from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor
@@ -9,7 +9,8 @@ from torch.nn import Parameter
 from deltasam_fairseq.algorithms import copy_lists_, trust_region_radius
 from deltasam_fairseq.core.parts import Radius
 
-PREVIOUS = "previous"  # key of the state: the weights before the last update
+# Keys of the state, of pairs of a name and a weight: before the last update, in the last backward.
+PREVIOUS, LAST = "before_update", "in_backward"
 
 
 class TrustRegion(Radius):
@@ -42,8 +43,9 @@ class TrustRegionTheta(Radius):
     """d of TRAM-theta in place of rho, see `deltasam_fairseq.algorithms.trust_region`.
 
     One more forward of every micro-batch without graph, at the weights before the last update and
-    under the ascent's dropout masks; one reduction of two float64 numbers; one copy of the weights.
-    Before the first update there are no such weights, and d is 0.
+    under the ascent's dropout masks; one reduction of two float64 numbers; one copy of the weights,
+    two in a loop that sees no steps, one more while it is made. Before the first update there are
+    no such weights, and d is 0.
 
     Args:
         rho: radius of a probe, if there is one.
@@ -54,18 +56,12 @@ class TrustRegionTheta(Radius):
 
     def __init__(self, rho: float) -> None:
         super().__init__(rho)
-        self._previous: List[Tensor] = []
-
-    def _previous_of(self, params: Sequence[Parameter]) -> List[Tensor]:
-        """Return the copy, in place and precision of the weights; none if it is of others."""
-        shapes = [v.shape for v in self._previous]
-        same = shapes == [p.shape for p in params]
-        self._previous = [v.to(p.data) for v, p in zip(self._previous, params)] if same else []
-        return self._previous
+        self._previous: List[Tuple[str, Tensor]] = []  # never written to: a state shares them
+        self._last: List[Tuple[str, Tensor]] = []
 
     def in_force(self, update: int, passes: Any, perturber: Any = None) -> Tensor:
-        params = perturber.trained
-        previous = self._previous_of(params)
+        params = list(perturber.trained)
+        previous = _fitting(self._previous, perturber.trained)
         sums = torch.zeros(2, dtype=torch.float64, device=params[0].device)
         if previous:
             perturber.weights.move(params, lambda out: copy_lists_(out, previous))
@@ -77,18 +73,31 @@ class TrustRegionTheta(Radius):
             passes.reduce(sums)
         return trust_region_radius(sums)
 
-    def before_step(self, params: Sequence[Parameter]) -> None:
-        values = [p.data for p in params]
-        if self._previous_of(params):
-            copy_lists_(self._previous, values)
-        else:
-            self._previous = [v.clone() for v in values]
+    def before_step(self, params: Dict[Parameter, str]) -> None:
+        self._previous = _copy(params)
+
+    def before_backward(self, params: Dict[Parameter, str]) -> None:
+        last = _fitting(self._last, params)
+        if not last or not all(torch.equal(v, p.data) for v, p in zip(last, params)):
+            self._previous = self._last
+            self._last = _copy(params)
 
     def state_dict(self) -> Dict[str, Any]:
-        return {PREVIOUS: self._previous} if self._previous else {}
+        return {k: v for k, v in ((PREVIOUS, self._previous), (LAST, self._last)) if v}
 
     def load_state_dict(self, state: Dict[str, Any]) -> None:
-        self._previous = state.get(PREVIOUS, [])
+        self._previous, self._last = state.get(PREVIOUS, []), state.get(LAST, [])
 
     def describe(self) -> str:
         return "radius of a trust region (TRAM-theta)"
+
+
+def _copy(params: Dict[Parameter, str]) -> List[Tuple[str, Tensor]]:
+    return [(name, p.data.clone()) for p, name in params.items()]
+
+
+def _fitting(copy: List[Tuple[str, Tensor]], params: Dict[Parameter, str]) -> List[Tensor]:
+    """Return a copy in place and precision of the weights; none if it is of others."""
+    own = [(name, p.shape) for p, name in params.items()]
+    same = own == [(name, v.shape) for name, v in copy]
+    return [v.to(p.data) for (_, v), p in zip(copy, params)] if same else []

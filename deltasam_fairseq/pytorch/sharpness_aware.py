@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn import Module, Parameter
+from torch.nn.parallel import DistributedDataParallel
 
 from deltasam_fairseq.algorithms import functional_loss, multiplied_in, multiplies_in_tf32
 from deltasam_fairseq.core import (
@@ -180,6 +181,12 @@ class SharpnessAware:
         """Return the weights that train, in the model's order."""
         return [p for p in self.model.parameters() if p.requires_grad]
 
+    def _named(self) -> Dict[Parameter, str]:
+        """Return `parameters` and their names, with and without the wrapper the same."""
+        wrapped = isinstance(self.model, DistributedDataParallel)
+        model: Any = self.model.module if wrapped else self.model
+        return {p: name for name, p in model.named_parameters() if p.requires_grad}
+
     def backward(
         self,
         closures: Union[Closure, Sequence[Closure]],
@@ -208,7 +215,8 @@ class SharpnessAware:
         _require(bool(closures), "closures", closures, "at least one")
         params = self.parameters()
         parts, draw = self._perturber.parts, (self.seed, self.update)
-        self._perturber.trained = params
+        self._perturber.trained = self._named()
+        parts.radius.before_backward(self._perturber.trained)
         scale_loss = _unscaled if scaler is None else scaler.scale
         passes_with = functools.partial(
             ClosurePasses, closures, self.model, params, self._group, scale_loss, parts, draw
@@ -234,7 +242,6 @@ class SharpnessAware:
             for p, before in accumulated:
                 if before is not None:
                     p.grad = before if p.grad is None else p.grad.add_(before)
-        parts.radius.before_step(params)
         clean = torch.cat([passes.clean[i] for i in range(passes.count)])
         self._last = _Update(clean, torch.cat(perturbed), figures, passes.n)
         self.update += 1
@@ -434,11 +441,11 @@ class SharpnessAware:
         Raises:
             ValueError: it is none.
         """
-        missing = [key for key in self.state_dict() if key not in state]
+        missing = [key for key in self.state_dict() if key not in state and key != "radius"]
         _require(not missing, "state", f"without {missing}", "what state_dict() returned")
         self.update, self.seed, self._divisor = state["update"], state["seed"], state["divisor"]
         self._perturber.parts.mask.load_state_dict(state["mask"])
-        self._perturber.parts.radius.load_state_dict(state["radius"])
+        self._perturber.parts.radius.load_state_dict(state.get("radius", {}))
 
 
 def _bits(dtype: torch.dtype) -> int:

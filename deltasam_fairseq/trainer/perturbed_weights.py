@@ -31,7 +31,8 @@ class PerturbedWeights:
             requires one, so that no weight may be frozen.
 
     Attributes:
-        trained: all weights that the optimizer trains, except fairseq 0.12's second copies.
+        trained: all weights that the optimizer trains, except fairseq 0.12's second copies, and
+            their names.
         partial: whether a pattern selects some of them.
 
     Raises:
@@ -48,7 +49,7 @@ class PerturbedWeights:
             for name, p in module.named_parameters()
             if p.requires_grad and p not in unread
         ]
-        self.trained: List[Parameter] = list(dict.fromkeys(p for _, p in named))
+        self.trained: Dict[Parameter, str] = {p: name for name, p in named}
         self.partial = pattern is not None
         self._pattern = pattern
         self._recomputes = recomputes

@@ -454,6 +454,7 @@ def test_resumes_bit_for_bit(method):
         for _ in range(updates):
             outputs = method == "tram_theta"
             sam.backward(small.closures(model, dtype=torch.bfloat16, outputs=outputs))
+            figures.append(sam.figures())
             optimizer.step()
             optimizer.zero_grad()
 
@@ -461,6 +462,7 @@ def test_resumes_bit_for_bit(method):
         model = small.model(dtype=torch.bfloat16)
         return model, SharpnessAware(model, method), torch.optim.SGD(model.parameters(), lr=0.1)
 
+    figures = []
     model, sam, optimizer = new()
     torch.manual_seed(3)
     run(model, sam, optimizer, 2)
@@ -471,23 +473,52 @@ def test_resumes_bit_for_bit(method):
     torch.set_rng_state(saved[2])
     run(other, resumed, other_optimizer, 2)
     assert all(map(torch.equal, small.weights(other), small.weights(model)))
+    assert figures[2:4] == figures[4:]
 
 
-def test_tram_theta_compares_with_the_weights_of_the_last_backward():
-    """Its radius is 0 in the first update, and where the optimizer has not stepped since."""
-    model = small.model(dropout=0.3)
-    optimizer, sam = (
-        torch.optim.SGD(model.parameters(), lr=1.0),
-        SharpnessAware(model, "tram_theta"),
-    )
+def tram_theta(model, state=None):
+    """Accumulate two gradients and step; return the radii of both, and the method."""
+    sam = SharpnessAware(model, "tram_theta")
+    if state is not None:
+        sam.load_state_dict(state)
     radii = []
-    for steps in (True, False, True):
+    for _ in range(2):
         sam.backward(small.closures(model, outputs=True))
         radii.append(sam.figures()["sam_rho"])
-        if steps:
-            optimizer.step()
-        optimizer.zero_grad()
-    assert radii[0] == radii[2] == 0 and radii[1] > 0
+    torch.optim.SGD(sam.parameters(), lr=1.0).step()
+    return radii, sam
+
+
+def test_tram_theta_compares_with_the_weights_before_the_last_step():
+    """However many calls of backward a step has; its radius is 0 before the first."""
+    model = small.model(dropout=0.0)
+    radii, sam = tram_theta(model)
+    assert radii == [0, 0]
+    radii, _ = tram_theta(model, sam.state_dict())
+    assert radii[0] == radii[1] > 0
+
+
+def test_a_state_of_tram_theta_stays_as_it_was_saved():
+    model = small.model()
+    _, sam = tram_theta(model)
+    saved = sam.state_dict()
+    before = copy.deepcopy(saved["radius"])
+    for state in (saved, saved):
+        _, sam = tram_theta(model, state)
+        sam.backward(small.closures(model, outputs=True))
+    for key, weights in before.items():
+        torch.testing.assert_close(dict(saved["radius"][key]), dict(weights), rtol=0, atol=0)
+
+
+def test_tram_theta_knows_other_weights_of_the_same_shapes():
+    """Resumed with another layer frozen: there are no weights to compare with."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(small.WIDTH, 4), nn.Linear(4, 4))
+    model[0].requires_grad_(False)
+    _, sam = tram_theta(model)
+    model.requires_grad_(True)
+    model[1].requires_grad_(False)
+    assert tram_theta(model, sam.state_dict())[0] == [0, 0]
 
 
 @pytest.mark.parametrize("method", ["sam", "asam"])
@@ -583,6 +614,9 @@ def test_closures_that_cannot_be_used():
             sam.backward(lambda: closure()[:0])
     with pytest.raises(ValueError, match="without"):
         sam.load_state_dict({})
+    state = sam.state_dict()
+    del state["radius"]
+    sam.load_state_dict(state)
 
 
 def test_buffers_are_updated_once():
