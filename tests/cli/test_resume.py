@@ -54,7 +54,7 @@ OPTIMIZERS = {
         *("--optimizer", "sam_adam", "--sam-radius", "trust_region", "--sam-trust-sigma", "1"),
     ],
     "trust region of the last update": [
-        *("--optimizer", "sam_adam", "--sam-radius", "trust_region_theta", "--sam-every", "2"),
+        *("--optimizer", "sam_adam", "--sam-radius", "trust_region_theta"),
         *("--fp16", "--fp16-no-flatten-grads"),
     ],
     "rho warms up, half precision": [

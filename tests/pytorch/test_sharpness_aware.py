@@ -3,6 +3,7 @@
 import copy
 import functools
 import random
+import types
 
 import numpy as np
 import pytest
@@ -519,6 +520,23 @@ def test_tram_theta_knows_other_weights_of_the_same_shapes():
     model.requires_grad_(True)
     model[1].requires_grad_(False)
     assert tram_theta(model, sam.state_dict())[0] == [0, 0]
+
+
+def test_tram_theta_puts_the_weights_back_after_an_error():
+    """Itself, in whatever loop: in these the loop would too."""
+    model = small.model()
+    _, sam = tram_theta(model)
+    sam.backward(small.closures(model, outputs=True))
+    before, seen, perturber = small.weights(model), [], sam._perturber
+
+    def replay():
+        seen.extend(small.weights(model))
+        raise RuntimeError("bug")
+
+    with pytest.raises(RuntimeError, match="bug"):
+        perturber.parts.radius.in_force(3, types.SimpleNamespace(replay=replay), perturber)
+    assert not any(map(torch.equal, seen, before))
+    assert all(map(torch.equal, small.weights(model), before))
 
 
 @pytest.mark.parametrize("method", ["sam", "asam"])

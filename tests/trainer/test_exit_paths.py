@@ -27,6 +27,8 @@ FORWARDS = {
 AFTER = ["all_reduce_grads", "multiply_grads", "clip_grad_norm", "step"]  # of the optimizer
 FORWARD_STAGES = [(name, stage) for name, stages in FORWARDS.items() for stage in stages]
 RW_SAM = [("delta_sam_adam --delta-sam-weights gibbs", stage) for stage in ("ascent", "probe")]
+# Its "probe" is the forward at the weights before the last update.
+THETA = [("sam_adam --sam-radius trust_region_theta --sam-rho 0.05 --lr 0.1", "probe")]
 # Weights move in one way where they are all there is, in another where they have float32 copies.
 PRECISIONS = {
     "float32": [],
@@ -192,7 +194,7 @@ def test_error_that_fairseq_lets_through(case_of, monkeypatch, optimizer, stage,
     case.assert_update_works()
 
 
-@pytest.mark.parametrize("optimizer, stage", FORWARD_STAGES + RW_SAM)
+@pytest.mark.parametrize("optimizer, stage", FORWARD_STAGES + RW_SAM + THETA)
 @pytest.mark.parametrize("precision", PRECISIONS)
 def test_error_on_which_fairseq_saves_a_checkpoint(
     case_of, monkeypatch, optimizer, stage, precision
