@@ -8,9 +8,11 @@ A share of train.tsv's rows, always the same ones, is held out to validate with 
 rest is trained on.  First Adam, to compare with; with --lr at every learning rate, of which all
 methods get its best one.  Then SAM with every rho; then delta-SAM with every beta, at the rho that
 was the best of SAM's: six runs a task (docs/choosing_rho.md).  The best is that with the highest
-mean over --seeds of the task's own metric, at a run's best epoch or at its last (--by); of equal
-ones the first.  ``chosen.json`` has what was chosen and every score.  The same command skips what
-is done and goes on with what was cut; other tasks are added to the same ``chosen.json``.
+mean over --seeds of the task's own metric at a run's best epoch, of equal ones the first.  With
+--by last the last epoch counts, and of those within a standard error of the best the largest rho
+is taken, which learns the fewest wrong labels by heart, and the smallest beta.  ``chosen.json`` has
+what was chosen and every score.  The same command skips what is done and goes on with what was cut;
+other tasks are added to the same ``chosen.json``.
 """
 
 from __future__ import annotations
@@ -24,6 +26,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
 from deltasam_fairseq.data.files import atomic_write
+from deltasam_fairseq.data.splits import entries_of
 from deltasam_fairseq.markdown import markdown_table
 from examples.common.runner import StageError, exit_code, run_all, run_side_by_side
 from examples.common.stage import split_words
@@ -41,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     options = glue_options.common_options("examples.glue.search", __doc__.splitlines()[0])
     add = options.add_argument
     add("--lr", nargs="+", type=float, default=[], help="to try (default: the recipe's alone)")
-    rhos = [0.01, 0.03, 0.1]  # docs/choosing_rho.md
-    add("--rho", nargs="+", type=float, default=rhos, help="to try (default: 0.01 0.03 0.1)")
+    rhos = [0.02, 0.05, 0.1]  # docs/choosing_rho.md
+    add("--rho", nargs="+", type=float, default=rhos, help="to try (default: 0.02 0.05 0.1)")
     add("--beta", nargs="+", type=float, default=[3, 10], help="to try, above 0 (default: 3 10)")
     add(
         "--by",
@@ -88,12 +91,14 @@ def try_out(
     trials: Dict[str, List[Dict[str, float]]],
     overrides: List[str],
     gpus: int,
+    alike: bool = False,
 ) -> Tuple[Chosen, Scores]:
     """Run a method with several values of its options; return the best ones, and all scores.
 
     Args:
         method: adam, sam or delta_sam.
         trials: task -> the values to try, in the order of preference.
+        alike: take the first that is within a standard error of the best.
 
     Raises:
         StageError: a run failed, or reached no score; the others were made.
@@ -132,9 +137,20 @@ def try_out(
             scores[task][name] = sum(found) / len(found)
             if math.isnan(scores[task][name]):
                 raise StageError(f"{task} {name}: no score; see its logs in {args.out / task}")
-        best = max(names, key=lambda name: scores[task][name])
-        chosen[task] = trials[task][names.index(best)]
+        least = max(scores[task].values())
+        if alike:
+            entry = entries_of((args.data or args.out / "data") / task)["valid"]
+            least -= standard_error(least, entry["rows"])
+        chosen[task] = next(
+            v for v, name in zip(trials[task], names) if scores[task][name] >= least
+        )
     return chosen, scores
+
+
+def standard_error(score: float, rows: int) -> float:
+    """Return that of the share of ``rows`` that are right, percent; of other metrics about."""
+    share = min(max(score / 100, 0.0), 1.0)
+    return 100 * math.sqrt(share * (1 - share) / rows)
 
 
 def record_of(args: argparse.Namespace, overrides: List[str]) -> Dict[str, Any]:
@@ -174,10 +190,13 @@ def search(args: argparse.Namespace, overrides: List[str], gpus: int) -> None:
     run_all(glue.preparation(args, args.hold_out), args.cores)
     rates = {task: [{glue.LR: lr} for lr in args.lr] or [{}] for task in args.tasks}
     adam, adam_scores = try_out(args, "adam", rates, overrides, gpus)
-    rhos = {task: [{**adam[task], RHO: rho} for rho in args.rho] for task in args.tasks}
-    sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus)
-    betas = {task: [{**sam[task], BETA: beta} for beta in args.beta] for task in args.tasks}
-    chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus)
+    last = args.by == "last"
+    values = sorted(args.rho, reverse=True) if last else args.rho
+    rhos = {task: [{**adam[task], RHO: rho} for rho in values] for task in args.tasks}
+    sam, sam_scores = try_out(args, "sam", rhos, overrides, gpus, last)
+    values = sorted(args.beta) if last else args.beta
+    betas = {task: [{**sam[task], BETA: beta} for beta in values] for task in args.tasks}
+    chosen, scores = try_out(args, "delta_sam", betas, overrides, gpus, last)
     steps = (adam_scores, sam_scores, scores)
     scores = {task: {k: v for step in steps for k, v in step[task].items()} for task in args.tasks}
     record = {
