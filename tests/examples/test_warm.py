@@ -124,7 +124,13 @@ def test_a_runner_that_is_ended_ends_the_program_or_leaves_it_the_lock(program, 
     stage = program(WAITS)
     (tmp_path / "runs.py").write_text(RUNS)
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-m", "runs"], env=environment, cwd=tmp_path)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "runs"],
+        env=environment,
+        cwd=tmp_path,
+        # A shell that starts the tests in its background has them ignore Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     log = tmp_path / "out" / "run.partial" / runner.LOG
     waits_for(lambda: log.is_file() and log.read_text())
     pid = int(log.read_text())
