@@ -179,7 +179,7 @@ class SharpnessAware:
 
     def parameters(self) -> List[Parameter]:
         """Return the weights that train, in the model's order."""
-        return [p for p in self.model.parameters() if p.requires_grad]
+        return list(self._named())
 
     def _named(self) -> Dict[Parameter, str]:
         """Return `parameters` and their names, with and without the wrapper the same."""
@@ -213,10 +213,10 @@ class SharpnessAware:
         """
         closures = [closures] if callable(closures) else list(closures)
         _require(bool(closures), "closures", closures, "at least one")
-        params = self.parameters()
         parts, draw = self._perturber.parts, (self.seed, self.update)
-        self._perturber.trained = self._named()
-        parts.radius.before_backward(self._perturber.trained)
+        self._perturber.trained = trained = self._named()
+        params = list(trained)
+        parts.radius.before_backward(trained)
         scale_loss = _unscaled if scaler is None else scaler.scale
         passes_with = functools.partial(
             ClosurePasses, closures, self.model, params, self._group, scale_loss, parts, draw
